@@ -1,0 +1,49 @@
+"""gpt2fast: GPT-2 as a custom-kernel performance library.
+
+Importing this package loads neither torch nor any kernel: every public name is resolved on first
+use, so ``import gpt2fast.tokenizer`` stays free of torch.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2fast.version import __version__
+
+_ROOT = Path(__file__).resolve().parent
+if not (_ROOT / "kernels").is_dir() and (_ROOT.parent / "setup.py").is_file():
+    # A bare checkout (torch.hub): kernels/ and tokenizer/ stand beside this folder. In an
+    # installation setup.py maps them below it and this does nothing.
+    __path__.append(str(_ROOT.parent))
+
+# Public name -> the module that defines it.
+_EXPORTS = {
+    "GPT2Config": "gpt2fast.config",
+    "GPT2Model": "gpt2fast.model",
+    "GPT2LMHeadModel": "gpt2fast.model",
+    "GPT2DoubleHeadsModel": "gpt2fast.model",
+    "KVCache": "gpt2fast.cache",
+    "GPT2Tokenizer": "gpt2fast.tokenizer",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from gpt2fast.cache import KVCache as KVCache
+    from gpt2fast.config import GPT2Config as GPT2Config
+    from gpt2fast.model import GPT2DoubleHeadsModel as GPT2DoubleHeadsModel
+    from gpt2fast.model import GPT2LMHeadModel as GPT2LMHeadModel
+    from gpt2fast.model import GPT2Model as GPT2Model
+    from gpt2fast.tokenizer import GPT2Tokenizer as GPT2Tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'gpt2fast' has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
