@@ -1,0 +1,47 @@
+# Every target works from a fresh clone: it makes the virtual environment it needs in $(VENV),
+# with the tested versions of constraints.txt, and refreshes it when one of those files changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= It was a dark night, and the old house
+ARGS ?=
+
+BIN = $(VENV)/bin
+install = $(BIN)/python -m pip install --constraint constraints.txt --editable $(1) && touch $@
+
+.PHONY: help demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+
+demo: $(VENV)/demo.stamp ## generate text from the bundled checkpoint, offline
+	$(BIN)/gpt2fast generate --model bundled --seed 0 "$(PROMPT)"
+
+test: $(VENV)/test.stamp ## run the tests; ARGS="-k name" reaches pytest
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp ## check format, rules and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@# mypy sees no editable install: lay the rooms out by links, as they install.
+	@rm -rf build/types && mkdir -p build/types/gpt2fast
+	@ln -s "$(CURDIR)"/gpt2fast/* "$(CURDIR)/kernels" "$(CURDIR)/tokenizer" build/types/gpt2fast/
+	$(BIN)/mypy
+
+bench: $(VENV)/bench.stamp ## run the benchmarks; ARGS reaches pytest
+	$(BIN)/pytest bench $(ARGS)
+
+clean: ## remove the environment, builds and caches
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find gpt2fast kernels tokenizer tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A virtual environment that was interrupted half-way has no stamp, and is made again in place.
+$(BIN)/python:
+	$(PYTHON) -m venv "$(VENV)"
+
+$(VENV)/%.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(call install,'.[$*]')
+
+$(VENV)/demo.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(call install,.)

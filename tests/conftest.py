@@ -1,0 +1,33 @@
+"""What every test gets: no network, a fixed seed, and GPU tests skipped where there is no GPU."""
+
+import os
+import random
+import sys
+import tempfile
+
+import pytest
+
+# Set before anything imports huggingface_hub, and inherited by subprocesses: no test reaches the
+# Hub or reads the user's cache and token. Tests of the Hub path set HF_ENDPOINT to a loopback
+# server of their own.
+_hf_home = tempfile.TemporaryDirectory(prefix="gpt2fast-tests-")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_hf_home.name)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    # Not imported here, so that tests of the tokenizer alone run without torch.
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
