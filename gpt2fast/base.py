@@ -113,7 +113,7 @@ class PreTrainedModel(nn.Module):
         return checkpoint.from_pretrained(cls, name_or_path, **kwargs)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write ``config.json`` and safetensors: see :func:`gpt2fast.checkpoint.save_pretrained`."""
+        """Write config and weights: see :func:`gpt2fast.checkpoint.save_pretrained`."""
         from gpt2fast import checkpoint
 
         checkpoint.save_pretrained(self, folder, **kwargs)
