@@ -36,12 +36,12 @@ clean: ## remove the environment, builds and caches
 	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find gpt2fast kernels tokenizer tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A virtual environment that was interrupted half-way has no stamp, and is made again in place.
-$(BIN)/python:
+# pip comes last: a virtual environment that was interrupted half-way is made again in place.
+$(BIN)/pip:
 	$(PYTHON) -m venv "$(VENV)"
 
-$(VENV)/%.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/python
+$(VENV)/%.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	$(call install,'.[$*]')
 
-$(VENV)/demo.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/python
+$(VENV)/demo.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	$(call install,.)

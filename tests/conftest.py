@@ -11,7 +11,7 @@ import pytest
 # Hub or reads the user's cache and token. Tests of the Hub path set HF_ENDPOINT to a loopback
 # server of their own.
 _hf_home = tempfile.TemporaryDirectory(prefix="gpt2fast-tests-")
-os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_hf_home.name)
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=_hf_home.name, HF_HUB_CACHE=f"{_hf_home.name}/hub")
 
 
 @pytest.fixture(autouse=True)
