@@ -19,7 +19,7 @@ if not (_ROOT / "kernels").is_dir() and (_ROOT.parent / "setup.py").is_file():
 # Public name -> the module that defines it.
 _EXPORTS = {
     "GPT2Config": "gpt2fast.config",
-    "GPT2Model": "gpt2fast.model",
+    "GPT2Model": "gpt2fast.transformer",
     "GPT2LMHeadModel": "gpt2fast.model",
     "GPT2DoubleHeadsModel": "gpt2fast.model",
     "KVCache": "gpt2fast.cache",
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gpt2fast.config import GPT2Config as GPT2Config
     from gpt2fast.model import GPT2DoubleHeadsModel as GPT2DoubleHeadsModel
     from gpt2fast.model import GPT2LMHeadModel as GPT2LMHeadModel
-    from gpt2fast.model import GPT2Model as GPT2Model
+    from gpt2fast.transformer import GPT2Model as GPT2Model
     from gpt2fast.tokenizer import GPT2Tokenizer as GPT2Tokenizer
 
 

@@ -1,0 +1,31 @@
+"""gpt2fast.kernels: the ops of GPT-2, dispatched by device.
+
+They know tensors, not GPT-2's configuration, checkpoints or text. Importing this package touches
+no device and no Triton.
+"""
+
+from gpt2fast.kernels.attention import (
+    attention_append,
+    causal_attention,
+    packed_kv,
+    prepare_mask,
+    weighted_attention,
+)
+from gpt2fast.kernels.embedding import embedding
+from gpt2fast.kernels.gelu_mlp import gelu_mlp, linear
+from gpt2fast.kernels.layer_norm import add_layer_norm, layer_norm
+from gpt2fast.kernels.lm_head import lm_head_loss
+
+__all__ = [
+    "add_layer_norm",
+    "attention_append",
+    "causal_attention",
+    "embedding",
+    "gelu_mlp",
+    "layer_norm",
+    "linear",
+    "lm_head_loss",
+    "packed_kv",
+    "prepare_mask",
+    "weighted_attention",
+]

@@ -1,0 +1,208 @@
+"""The tied language-model head fused with cross-entropy.
+
+    loss_i = logsumexp_v(h_i . W_v) - h_i . W_{label_i}
+
+Rows are processed in chunks, so the ``[tokens, vocabulary]`` logits never exist as a whole. For a
+summed or averaged loss the gradients are formed while a chunk's probabilities are at hand,
+
+    dL/dh_i = (p_i - onehot(label_i)) W        dL/dW = sum_i (p_i - onehot(label_i))^T h_i
+
+and only scaled by the upstream gradient in the backward pass; for per-token losses the backward
+pass computes the probabilities again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2fast.kernels.registry import register_op
+
+# Logits of one chunk, in elements. The chunk should stay in the last-level cache while softmax and
+# two matrix products pass over it, yet amortise one pass over the weight gradient.
+_CHUNK_ELEMENTS = 8 * 2**20
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def _chunks(rows: int, vocab_size: int) -> list[slice]:
+    step = max(16, _CHUNK_ELEMENTS // vocab_size)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 softmax of logits ``[n, V]``, and the loss ``[n]`` of the labels."""
+    logits = logits.float()
+    top, where = logits.max(-1, keepdim=True)
+    target = logits.gather(-1, labels[:, None])
+    probabilities = torch.softmax(logits, -1)
+    # logsumexp = max - log p(argmax): p(argmax) >= 1 / V, so its logarithm is safe.
+    losses = top - probabilities.gather(-1, where).log_() - target
+    return probabilities, losses[:, 0]
+
+
+class _LMHeadLoss(torch.autograd.Function):
+    """Outputs (loss, dL/dh, dL/dW); the last two are intermediate results, not differentiable."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        reduction: str,
+        compute_dtype: torch.dtype,
+        needs_hidden: bool,
+        needs_weight: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
+        kept = labels != ignore_index
+        labels = labels.where(kept, 0)
+        factor = kept.float()
+        if reduction == "mean":
+            # 0 / 0 where nothing is kept: the loss is NaN, the gradients stay zero.
+            factor = factor.where(~kept, 1.0 / kept.sum())
+        losses = hidden.new_empty(len(labels), dtype=torch.float32)
+        gradients = _Gradients(
+            hidden,
+            weight,
+            needs_hidden and reduction != "none",
+            needs_weight and reduction != "none",
+        )
+        for rows in _chunks(len(labels), weight.shape[0]):
+            probabilities, losses[rows] = _probabilities(hidden[rows] @ weight.t(), labels[rows])
+            gradients.add(rows, probabilities, labels[rows], factor[rows])
+        losses = losses.where(kept, 0)
+        if reduction == "none":
+            return losses, None, None
+        loss = losses.sum()
+        return loss / kept.sum() if reduction == "mean" else loss, *gradients.result()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, labels, ctx.ignore_index, ctx.reduction, ctx.compute_dtype, _, _ = inputs
+        ctx.dtypes = hidden.dtype, weight.dtype
+        if ctx.reduction == "none":
+            ctx.save_for_backward(hidden, weight, labels)
+        else:
+            ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
+            ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.reduction == "none":
+            hidden, weight, labels = ctx.saved_tensors
+            hidden, weight = hidden.to(ctx.compute_dtype), weight.to(ctx.compute_dtype)
+            kept = labels != ctx.ignore_index
+            labels, factor = labels.where(kept, 0), upstream.where(kept, 0)
+            gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
+            for rows in _chunks(len(labels), weight.shape[0]):
+                probabilities = torch.softmax((hidden[rows] @ weight.t()).float(), -1)
+                gradients.add(rows, probabilities, labels[rows], factor[rows])
+            grads = gradients.result()
+        else:
+            grads = tuple(None if grad is None else grad * upstream for grad in ctx.saved_tensors)
+        typed = (
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
+        return *typed, None, None, None, None, None, None
+
+
+class _Gradients:
+    """dL/dh ``[N, C]`` and dL/dW ``[V, C]``, the latter in float32, built chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needs_hidden: bool, needs_weight: bool):
+        self._inputs = hidden, weight
+        self._hidden = torch.empty_like(hidden) if needs_hidden else None
+        self._weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+
+    def add(self, rows: slice, probabilities: Tensor, labels: Tensor, factor: Tensor) -> None:
+        """Add the rows' ``factor * (p - onehot(label))``; overwrites ``probabilities``."""
+        if self._hidden is None and self._weight is None:
+            return
+        hidden, weight = self._inputs
+        grad_logits = probabilities.mul_(factor[:, None])
+        grad_logits.scatter_add_(-1, labels[:, None], -factor[:, None])
+        grad_logits = grad_logits.to(weight.dtype)
+        if self._hidden is not None:
+            self._hidden[rows] = grad_logits @ weight
+        if self._weight is not None:
+            if weight.dtype == torch.float32:
+                self._weight.addmm_(grad_logits.t(), hidden[rows])
+            else:
+                self._weight += grad_logits.t() @ hidden[rows]
+
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        return self._hidden, self._weight
+
+
+def _lm_head_loss_torch(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str
+) -> Tensor:
+    device = hidden.device.type
+    # Cast once here: left to autocast, the whole weight would be cast for every chunk.
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    grad = torch.is_grad_enabled()
+    with torch.autocast(device, enabled=False):
+        loss, _, _ = _LMHeadLoss.apply(
+            hidden,
+            weight,
+            labels,
+            ignore_index,
+            reduction,
+            dtype,
+            grad and hidden.requires_grad,
+            grad and weight.requires_grad,
+        )
+    return loss
+
+
+_lm_head_loss = register_op(
+    "lm_head_loss(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, str reduction)"
+    " -> Tensor",
+    _lm_head_loss_torch,
+)
+
+
+def lm_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of ``softmax(hidden @ weight.T)`` without the logits tensor.
+
+    Args:
+        hidden: ``[N, C]``, final hidden states.
+        weight: ``[V, C]``, the (tied) head.
+        labels: ``[N]``, int64, in ``[0, V)`` or ``ignore_index``; not shifted here.
+        ignore_index: the label of rows that count neither in the loss nor in its mean.
+        reduction: "mean" over the kept rows (NaN where none is kept), "sum", or "none".
+
+    Returns:
+        float32: a scalar, or ``[N]`` for "none" (0 where ignored). Differentiable once.
+
+    Raises:
+        ValueError: the shapes do not agree, a label is out of range, or the reduction is unknown.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"expected hidden [N, C] and weight [V, C]; got {list(hidden.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"expected labels [{hidden.shape[0]}]; got {list(labels.shape)}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_REDUCTIONS}; got {reduction!r}")
+    if not torch.compiler.is_compiling() and labels.device.type != "meta":
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))
+        if wrong.any():
+            raise ValueError(
+                f"labels must be in [0, {weight.shape[0]}) or {ignore_index}; "
+                f"got {labels[wrong][0].item()}"
+            )
+    return _lm_head_loss(hidden, weight, labels, ignore_index, reduction)

@@ -1,0 +1,168 @@
+"""The PyTorch implementation of every op: what runs where no kernel of ours does.
+
+Plain differentiable functions of tensors, without validation (the public ops validate). Hidden
+states are ``[..., C]``; weights of linear layers are ``[in, out]`` as in the published checkpoints.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    summed = x + residual
+    return F.layer_norm(summed, weight.shape, weight, bias, eps), summed
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    # addmm on [in, out] weights reads them as they lie: no transpose, no repacking.
+    out = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
+    return out.view(*x.shape[:-1], weight.shape[1])
+
+
+def gelu_mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    out = linear(F.gelu(linear(x, fc_weight, fc_bias), approximate="tanh"), proj_weight, proj_bias)
+    return out if residual is None else residual + out
+
+
+def embedding(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    wte: Tensor,
+    wpe: Tensor,
+) -> Tensor:
+    hidden = F.embedding(input_ids, wte) + F.embedding(position_ids, wpe)
+    return hidden if token_type_ids is None else hidden + F.embedding(token_type_ids, wte)
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Views of a packed ``[B, T, 3C]``: q ``[B, H, T, D]`` and kv ``[2, B, H, T, D]``."""
+    batch, length, width = qkv.shape
+    heads = qkv.view(batch, length, 3, num_heads, width // (3 * num_heads))
+    return heads[:, :, 0].transpose(1, 2), heads[:, :, 1:].permute(2, 0, 3, 1, 4)
+
+
+def bottom_right_mask(query_length: int, key_length: int, device: torch.device) -> Tensor:
+    """Boolean ``[T, S]``: query t sees keys up to t + S - T, the last query sees them all."""
+    ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
+    return ones.tril(key_length - query_length)
+
+
+def expand_key_mask(key_mask: Tensor, query_length: int) -> Tensor:
+    """The causal mask ``[B, 1, T, S]`` restricted to the keys that ``key_mask`` ``[B, S]`` keeps.
+
+    Every query keeps itself, so that a padding query, which may keep no other key, stays finite.
+    """
+    key_length = key_mask.shape[1]
+    mask = bottom_right_mask(query_length, key_length, key_mask.device) & key_mask[:, None, None, :]
+    mask.diagonal(key_length - query_length, dim1=-2, dim2=-1).fill_(True)
+    return mask
+
+
+def _attend(
+    q: Tensor,
+    kv: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    upcast: bool,
+) -> Tensor:
+    """Attention of q ``[B, H, T, D]`` over kv ``[2, B, H, S, D]``; heads merged, ``[B, T, C]``."""
+    query_length, key_length = q.shape[2], kv.shape[3]
+    if upcast and q.dtype != torch.float32:
+        out, _ = weighted_attention(q, kv, mask, scale, dropout_p, None, upcast)
+        return out
+    if mask is None and 1 < query_length < key_length:
+        mask = bottom_right_mask(query_length, key_length, q.device)
+    elif mask is not None and mask.dim() == 2:
+        mask = expand_key_mask(mask, query_length)
+    out = F.scaled_dot_product_attention(
+        q,
+        kv[0],
+        kv[1],
+        attn_mask=mask,
+        dropout_p=dropout_p,
+        is_causal=bool(mask is None and query_length > 1),
+        scale=scale,
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+def weighted_attention(
+    q: Tensor,
+    kv: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    head_mask: Tensor | None,
+    upcast: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same attention with its weights kept: merged heads ``[B, T, C]``, ``[B, H, T, S]``.
+
+    ``head_mask`` multiplies the weights (1 keeps). ``upcast`` computes scores and softmax in
+    float32 outside autocast, as ``reorder_and_upcast_attn`` asks.
+    """
+    if mask is None:
+        mask = bottom_right_mask(q.shape[2], kv.shape[3], q.device)
+    elif mask.dim() == 2:
+        mask = expand_key_mask(mask, q.shape[2])
+    key, value = kv.unbind(0)
+    if upcast:
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q.float() @ key.float().transpose(-1, -2) * scale
+    else:
+        scores = q @ key.transpose(-1, -2) * scale
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    weights = F.dropout(scores.softmax(-1).to(value.dtype), dropout_p, training=dropout_p > 0)
+    if head_mask is not None:
+        weights = weights * head_mask
+    return (weights @ value).transpose(1, 2).flatten(2), weights
+
+
+def causal_attention(
+    qkv: Tensor,
+    num_heads: int,
+    past_kv: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    upcast: bool,
+) -> Tensor:
+    q, kv = split_heads(qkv, num_heads)
+    if past_kv is not None:
+        kv = torch.cat((past_kv, kv), dim=3)
+    return _attend(q, kv, mask, scale, dropout_p, upcast)
+
+
+def attention_append(
+    qkv: Tensor,
+    kv_cache: Tensor,
+    start: int,
+    num_heads: int,
+    mask: Tensor | None,
+    scale: float,
+    upcast: bool,
+) -> Tensor:
+    q, kv = split_heads(qkv, num_heads)
+    end = start + qkv.shape[1]
+    kv_cache[:, :, :, start:end].copy_(kv)
+    # From an empty cache the fresh keys are the whole context, and lie closer together.
+    context = kv if start == 0 else kv_cache[:, :, :, :end]
+    return _attend(q, context, mask, scale, 0.0, upcast)
