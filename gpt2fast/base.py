@@ -103,6 +103,24 @@ class PreTrainedModel(nn.Module):
             if isinstance(module, PreTrainedModel):
                 module.gradient_checkpointing = value
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `torch.nn.Module.load_state_dict`, for names of every published form.
+
+        Entries are renamed to this model's names, old mask buffers are ignored, and a tied head
+        may be absent.
+        """
+        from gpt2fast.names import merge_tied, rename_for
+
+        renamed = rename_for(self, state_dict)
+        for second, first in merge_tied(self, renamed).items():
+            if first in renamed:
+                renamed[second] = renamed[first]
+        result = super().load_state_dict(renamed, strict=strict, assign=assign)
+        self.tie_weights()
+        return result
+
     @classmethod
     def from_pretrained(
         cls: type[_Model], name_or_path: str | os.PathLike[str] | None, **kwargs: Any
