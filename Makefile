@@ -34,7 +34,7 @@ bench: $(VENV)/bench.stamp ## run the benchmarks; ARGS reaches pytest
 
 clean: ## remove the environment, builds and caches
 	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
-	find gpt2fast kernels tokenizer tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip comes last: a virtual environment that was interrupted half-way is made again in place.
 $(BIN)/pip:
