@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt2fast.config import GPT2Config
-from gpt2fast.hub import Source, locate
 from gpt2fast.names import canonical_name, merge_tied, rename_for
+from gpt2fast.sources import Source, locate
 from gpt2fast.weights import (
     CONFIG_FILE,
     WEIGHT_FILES,
