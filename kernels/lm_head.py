@@ -31,12 +31,11 @@ def _chunks(rows: int, vocab_size: int) -> list[slice]:
 
 def _probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """float32 softmax of logits ``[n, V]``, and the loss ``[n]`` of the labels."""
-    logits = logits.float()
+    probabilities = torch.softmax(logits, -1, dtype=torch.float32)
     top, where = logits.max(-1, keepdim=True)
-    target = logits.gather(-1, labels[:, None])
-    probabilities = torch.softmax(logits, -1)
     # logsumexp = max - log p(argmax): p(argmax) >= 1 / V, so its logarithm is safe.
-    losses = top - probabilities.gather(-1, where).log_() - target
+    logsumexp = top.float() - probabilities.gather(-1, where).log_()
+    losses = logsumexp - logits.gather(-1, labels[:, None]).float()
     return probabilities, losses[:, 0]
 
 
@@ -58,9 +57,6 @@ class _LMHeadLoss(torch.autograd.Function):
         kept = labels != ignore_index
         labels = labels.where(kept, 0)
         factor = kept.float()
-        if reduction == "mean":
-            # 0 / 0 where nothing is kept: the loss is NaN, the gradients stay zero.
-            factor = factor.where(~kept, 1.0 / kept.sum())
         losses = hidden.new_empty(len(labels), dtype=torch.float32)
         gradients = _Gradients(
             hidden,
@@ -85,7 +81,9 @@ class _LMHeadLoss(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, labels)
         else:
             ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
-            ctx.save_for_backward(*output[1:])
+            # Where nothing is kept the mean is NaN, but the gradients stay zero.
+            kept = (labels != ctx.ignore_index).sum().clamp_min(1)
+            ctx.save_for_backward(*output[1:], 1.0 / kept if ctx.reduction == "mean" else None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -97,11 +95,14 @@ class _LMHeadLoss(torch.autograd.Function):
             labels, factor = labels.where(kept, 0), upstream.where(kept, 0)
             gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
             for rows in _chunks(len(labels), weight.shape[0]):
-                probabilities = torch.softmax((hidden[rows] @ weight.t()).float(), -1)
+                logits = hidden[rows] @ weight.t()
+                probabilities = torch.softmax(logits, -1, dtype=torch.float32)
                 gradients.add(rows, probabilities, labels[rows], factor[rows])
             grads = gradients.result()
         else:
-            grads = tuple(None if grad is None else grad * upstream for grad in ctx.saved_tensors)
+            *sums, mean = ctx.saved_tensors
+            scale = upstream if mean is None else upstream * mean
+            grads = tuple(None if grad is None else grad * scale for grad in sums)
         typed = (
             None if grad is None else grad.to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
@@ -122,16 +123,18 @@ class _Gradients:
         if self._hidden is None and self._weight is None:
             return
         hidden, weight = self._inputs
-        grad_logits = probabilities.mul_(factor[:, None])
-        grad_logits.scatter_add_(-1, labels[:, None], -factor[:, None])
-        grad_logits = grad_logits.to(weight.dtype)
+        ones = factor.new_ones(len(labels), 1)
+        grad_logits = probabilities.scatter_add_(-1, labels[:, None], -ones).to(weight.dtype)
+        # The factor goes to the narrow side of each product, not over the logits.
+        factor = factor[:, None]
         if self._hidden is not None:
-            self._hidden[rows] = grad_logits @ weight
+            self._hidden[rows] = ((grad_logits @ weight) * factor).to(weight.dtype)
         if self._weight is not None:
+            scaled = (hidden[rows] * factor).to(weight.dtype)
             if weight.dtype == torch.float32:
-                self._weight.addmm_(grad_logits.t(), hidden[rows])
+                self._weight.addmm_(grad_logits.t(), scaled)
             else:
-                self._weight += grad_logits.t() @ hidden[rows]
+                self._weight += grad_logits.t() @ scaled
 
     def result(self) -> tuple[Tensor | None, Tensor | None]:
         return self._hidden, self._weight
