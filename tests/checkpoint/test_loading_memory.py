@@ -1,0 +1,69 @@
+"""Loading 124M parameters costs hardly more memory than the parameters themselves."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gpt2fast import GPT2Config, GPT2LMHeadModel
+
+PARAMETERS = 124_439_808
+
+# Memory that is anonymous or mapped from the file, at its peak, beyond what the imports took.
+MEASURE = """
+import json, re, sys, threading
+import torch
+from gpt2fast import GPT2LMHeadModel
+
+GPT2LMHeadModel.from_pretrained(sys.argv[2])  # whatever the first call imports
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return int(re.search(rf"{field}:\\s+(\\d+) kB", file.read())[1]) * 1024
+
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # reset the peak
+before = status("VmRSS")
+model = GPT2LMHeadModel.from_pretrained(sys.argv[1])
+loaded = status("VmHWM") - before
+# Read every weight, as a forward pass does.
+total = sum(parameter.double().sum().item() for parameter in model.transformer.ln_f.parameters())
+total += sum(parameter.sum().item() for parameter in model.parameters())
+print(json.dumps({"loaded": loaded, "used": status("VmHWM") - before,
+                  "parameters": model.num_parameters()}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_peak_memory(tmp_path, saved, file):
+    config = GPT2Config()
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    model.to_empty(device="cpu").tie_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    if file == "model.safetensors":
+        model.save_pretrained(tmp_path / "full")
+    else:
+        (tmp_path / "full").mkdir()
+        config.to_json_file(tmp_path / "full" / "config.json")
+        torch.save(model.state_dict(), tmp_path / "full" / file)
+    del model
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "full"), str(saved)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    measured = json.loads(run.stdout)
+    assert measured["parameters"] == PARAMETERS
+    # Nothing is copied: not even the embedding, a third of the file, is read before its first use.
+    assert measured["loaded"] < 0.2 * 4 * PARAMETERS
+    assert measured["used"] < 1.2 * 4 * PARAMETERS
+    for path in (tmp_path / "full").iterdir():
+        path.unlink()
