@@ -1,117 +1,79 @@
-"""Byte-pair encoding of one piece, and the codec that remembers what pieces encode to."""
+"""Byte-pair encoding of one piece of text (Sennrich et al. 2016, arXiv:1508.07909).
 
-from array import array
-from collections.abc import Iterable, Sequence
+Merges are kept as ``(left, right) -> rank << 32 | merged``: the smallest value is the pair to merge
+next, and its low half is the symbol it becomes. Both functions apply the pair of lowest rank to all
+its occurrences from left to right, until no pair can merge.
+"""
+
 from heapq import heappop, heappush
 
-from gpt2fast.tokenizer.pattern import CHUNK, split_pieces, windows
-from gpt2fast.tokenizer.vocab import byte_alphabet
+Merges = dict[tuple[int, int], int]
 
-_WINDOW = 1 << 20  # characters encoded at once; bounds the memory of a long text
-_CACHE_ENTRIES = 1 << 18
-_CACHED_LENGTH = 64  # characters; longer chunks are too rare to remember
-
-Merges = dict[tuple[int, int], tuple[int, int]]
+_MERGED = (1 << 32) - 1
+_NO_MERGE = 1 << 63
+_LONG = 64  # symbols; from about here on the linked list is the faster of the two
 
 
 def merge(symbols: list[int], merges: Merges) -> list[int]:
-    """Apply byte-pair merges to ``symbols``: always the pair of lowest rank, all its occurrences
-    from left to right, until no pair is left (Sennrich et al. 2016, arXiv:1508.07909).
+    """The symbols that ``symbols``, which may be changed, become by byte-pair merges."""
+    return (_merge_long if len(symbols) > _LONG else _merge_short)(symbols, merges)
 
-    The symbols form a linked list. The positions of each pair that can merge wait in a bucket by
-    rank, and a heap gives the lowest rank; a position is skipped if its pair has changed since. So
-    n symbols take O(n log n), where searching again after each merge takes O(n^2).
 
-    Args:
-        symbols: ids of the initial symbols; not changed.
-        merges: ``(left, right) -> (rank, merged)``.
+def _merge_short(symbols: list[int], merges: Merges) -> list[int]:
+    """Search all pairs again after each merge: O(n^2), but nearly all words are short."""
+    get = merges.get
+    pairs = [get(pair, _NO_MERGE) for pair in zip(symbols, symbols[1:])]
+    while pairs:
+        best = min(pairs)
+        if best == _NO_MERGE:
+            break
+        merged = best & _MERGED
+        while best in pairs:
+            i = pairs.index(best)
+            symbols[i : i + 2] = (merged,)
+            del pairs[i]
+            if i > 0:
+                pairs[i - 1] = get((symbols[i - 1], merged), _NO_MERGE)
+            if i < len(pairs):
+                pairs[i] = get((merged, symbols[i + 1]), _NO_MERGE)
+    return symbols
+
+
+def _merge_long(symbols: list[int], merges: Merges) -> list[int]:
+    """Keep the symbols in a linked list: O(n log n), for a word of any length.
+
+    The positions at which a pair can merge wait in a bucket, one for each pair, and a heap gives
+    the bucket of lowest rank. A position counts only if it still holds that pair.
     """
     n = len(symbols)
-    symbols = symbols.copy()
     following = list(range(1, n + 1))
     previous = list(range(-1, n - 1))
     buckets: dict[int, list[int]] = {}
-    for i in range(n - 1):
-        found = merges.get((symbols[i], symbols[i + 1]))
+    for i, pair in enumerate(zip(symbols, symbols[1:])):
+        found = merges.get(pair)
         if found is not None:
-            buckets.setdefault(found[0], []).append(i)
+            buckets.setdefault(found, []).append(i)
     heap = sorted(buckets)
     while heap:
-        rank = heappop(heap)
-        for i in sorted(buckets.pop(rank)):
+        best = heappop(heap)
+        for i in sorted(buckets.pop(best)):
             j = following[i]
-            if symbols[i] < 0 or j >= n:
+            if j == n or merges.get((symbols[i], symbols[j])) != best:
                 continue
-            found = merges.get((symbols[i], symbols[j]))
-            if found is None or found[0] != rank:
-                continue
-            symbols[i] = found[1]
+            after = following[j]
+            symbols[i] = best & _MERGED
             symbols[j] = -1
-            following[i] = after = following[j]
-            before = previous[i]
+            following[i] = after
             if after < n:
                 previous[after] = i
-            for left, right in ((before, i), (i, after)):
-                if left < 0 or right >= n:
+            for left, right in ((previous[i], i), (i, after)):
+                if left < 0 or right == n:
                     continue
                 found = merges.get((symbols[left], symbols[right]))
-                if found is not None:
-                    if found[0] not in buckets:
-                        buckets[found[0]] = []
-                        heappush(heap, found[0])
-                    buckets[found[0]].append(left)
+                if found is None:
+                    continue
+                if found not in buckets:
+                    buckets[found] = []
+                    heappush(heap, found)
+                buckets[found].append(left)
     return [symbol for symbol in symbols if symbol >= 0]
-
-
-class Codec(dict[str, bytes]):
-    """Byte-level BPE between text and ids, without special tokens.
-
-    As a dictionary it maps a chunk of text to its ids as packed machine words, and fills itself:
-    encoding a text is then one lookup a chunk and one join. It never holds more than
-    ``_CACHE_ENTRIES`` chunks; when full it starts again.
-    """
-
-    def __init__(self, encoder: dict[str, int], merges: Sequence[tuple[str, str]], unk_id: int):
-        super().__init__()
-        alphabet = byte_alphabet()
-        self._typecode = "H" if max(encoder.values()) < 1 << 16 else "I"
-        tokens = {token: i for i, token in enumerate(alphabet.values())}
-        self._byte_symbols = [tokens[alphabet[byte]] for byte in range(256)]
-        self._merges: Merges = {}
-        for rank, (left, right) in enumerate(merges):
-            symbol = tokens.setdefault(left + right, len(tokens))
-            self._merges.setdefault((tokens[left], tokens[right]), (rank, symbol))
-        self._ids = [encoder.get(token, unk_id) for token in tokens]
-        to_byte = {character: byte for byte, character in alphabet.items()}
-        self._bytes = {i: bytes(map(to_byte.__getitem__, token)) for token, i in encoder.items()}
-
-    def __missing__(self, chunk: str) -> bytes:
-        pieces = split_pieces(chunk)
-        if len(pieces) > 1:
-            packed = b"".join(map(self.__getitem__, pieces))
-        else:
-            packed = self._encode_piece(chunk)
-        if len(chunk) <= _CACHED_LENGTH:
-            if len(self) >= _CACHE_ENTRIES:
-                self.clear()
-            self[chunk] = packed
-        return packed
-
-    def _encode_piece(self, piece: str) -> bytes:
-        try:
-            data = piece.encode()
-        except UnicodeEncodeError:
-            data = piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-        symbols = merge([self._byte_symbols[byte] for byte in data], self._merges)
-        return array(self._typecode, [self._ids[symbol] for symbol in symbols]).tobytes()
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``."""
-        ids = array(self._typecode)
-        for window in windows(text, _WINDOW):
-            ids.frombytes(b"".join(map(self.__getitem__, CHUNK.findall(window))))
-        return ids.tolist()
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ``ids`` stand for."""
-        return b"".join(map(self._bytes.__getitem__, ids))

@@ -22,9 +22,11 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-
-CHUNK = re.compile(rf" ?[^{_SPACE}]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+")
+SPACES = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
+CHUNK = re.compile(rf" ?[^{SPACES}]+|[{SPACES}]+(?![^{SPACES}])|[{SPACES}]+")
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -34,7 +36,7 @@ _ASCII_PIECE = re.compile(
     r"|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
 )
 
-_BORDER = re.compile(rf"[^{_SPACE}](?=[{_SPACE}])")
+_BORDER = re.compile(rf"[^{SPACES}](?=[{SPACES}])")
 
 
 @cache

@@ -1,17 +1,8 @@
 """GPT-2's tokenizer."""
 
 from collections.abc import Iterable
-from functools import cache
 
-from gpt2fast.tokenizer.bpe import Codec
-from gpt2fast.tokenizer.vocab import END_OF_TEXT, MERGES_FILE, derive_encoder, parse_merges
-
-
-@cache
-def _gpt2_codec() -> Codec:
-    merges = parse_merges(MERGES_FILE.read_text("utf-8"), MERGES_FILE.name)
-    encoder = derive_encoder(merges)
-    return Codec(encoder, merges, encoder[END_OF_TEXT])
+from gpt2fast.tokenizer.codec import gpt2_codec
 
 
 class GPT2Tokenizer:
@@ -24,8 +15,9 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; special tokens in it are ordinary text."""
-        return _gpt2_codec().encode(text)
+        return gpt2_codec().encode(text).tolist()
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """The text of ``ids``."""
-        return _gpt2_codec().decode_bytes(ids).decode("utf-8", errors)
+        c = gpt2_codec()
+        return b"".join(c.token_bytes(c.decoder[i]) for i in ids).decode("utf-8", errors)

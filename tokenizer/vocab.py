@@ -50,3 +50,9 @@ def derive_encoder(merges: list[tuple[str, str]]) -> dict[str, int]:
     """token -> id for the 256 bytes, the merges in order, and ``<|endoftext|>``."""
     tokens = [*byte_alphabet().values(), *(left + right for left, right in merges), END_OF_TEXT]
     return {token: i for i, token in enumerate(tokens)}
+
+
+def read_gpt2_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """GPT-2's own encoder and merges, from the file in this package."""
+    merges = parse_merges(MERGES_FILE.read_text("utf-8"), MERGES_FILE.name)
+    return derive_encoder(merges), merges
