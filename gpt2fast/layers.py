@@ -25,7 +25,8 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` would run exactly ``kind.forward``, so that it may be fused."""
     return type(module) is kind and not (
-        module._forward_hooks
+        "forward" in module.__dict__  # replaced on the instance, as accelerate does
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
