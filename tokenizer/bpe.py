@@ -6,6 +6,7 @@ its occurrences from left to right, until no pair can merge.
 """
 
 from heapq import heappop, heappush
+from itertools import pairwise
 
 Merges = dict[tuple[int, int], int]
 
@@ -22,7 +23,7 @@ def merge(symbols: list[int], merges: Merges) -> list[int]:
 def _merge_short(symbols: list[int], merges: Merges) -> list[int]:
     """Search all pairs again after each merge: O(n^2), but nearly all words are short."""
     get = merges.get
-    pairs = [get(pair, _NO_MERGE) for pair in zip(symbols, symbols[1:])]
+    pairs = [get(pair, _NO_MERGE) for pair in pairwise(symbols)]
     while pairs:
         best = min(pairs)
         if best == _NO_MERGE:
@@ -49,7 +50,7 @@ def _merge_long(symbols: list[int], merges: Merges) -> list[int]:
     following = list(range(1, n + 1))
     previous = list(range(-1, n - 1))
     buckets: dict[int, list[int]] = {}
-    for i, pair in enumerate(zip(symbols, symbols[1:])):
+    for i, pair in enumerate(pairwise(symbols)):
         found = merges.get(pair)
         if found is not None:
             buckets.setdefault(found, []).append(i)

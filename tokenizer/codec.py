@@ -86,7 +86,7 @@ class Codec:
         self.typecode = "H" if max(self._ids) < 1 << 16 else "Q"
         self._whole: dict[bytes, bytes] = {}
         if whole_tokens:
-            for token, i in zip(self._tokens, self._ids):
+            for token, i in zip(self._tokens, self._ids, strict=True):
                 self._whole[self.token_bytes(token)] = array(self.typecode, [i]).tobytes()
         self._chunks = _Memo(self._encode_chunk)
 

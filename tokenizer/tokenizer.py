@@ -21,3 +21,8 @@ class GPT2Tokenizer:
         """The text of ``ids``."""
         c = gpt2_codec()
         return b"".join(c.token_bytes(c.decoder[i]) for i in ids).decode("utf-8", errors)
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> "GPT2Tokenizer":
+        """The tokenizer of a preset, which all share."""
+        return cls()
