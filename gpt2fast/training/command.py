@@ -1,0 +1,242 @@
+"""The train command: its options, and what happens from the first file to the exported model."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpt2fast.model import GPT2LMHeadModel
+
+_SIZES = ("n_positions", "n_embd", "n_layer", "n_head")
+
+
+def _default_cache() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "gpt2fast", "tokens")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``gpt2fast train`` to ``parser``."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or globs: .txt or .xz with documents separated by a line <|endoftext|>, "
+        "or .bin with uint16 token ids",
+    )
+    data.add_argument("--valid", nargs="+", metavar="FILE", help="the same, for validation")
+    data.add_argument(
+        "--cache-dir", default=_default_cache(), help="where token ids are kept (%(default)s)"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--init-from", metavar="NAME", help="fine-tune a preset, Hub name or folder")
+    model.add_argument("--preset", help="sizes of a published model; default: own sizes below")
+    model.add_argument("--n-positions", type=int, help="default 1024")
+    model.add_argument("--n-embd", type=int, help="default 128")
+    model.add_argument("--n-layer", type=int, help="default 7")
+    model.add_argument("--n-head", type=int, help="default 2")
+    model.add_argument("--dropout", type=float, default=0.0, help="default %(default)s")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", required=True, metavar="FOLDER", help="receives everything")
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the newest checkpoint in --out, if there is one",
+    )
+    run.add_argument("--steps", type=int, help="length of the schedule in optimizer steps")
+    run.add_argument(
+        "--max-minutes",
+        type=float,
+        dest="minutes",
+        help="length of the schedule in minutes of training: warm-up aside, the "
+        "learning rate follows step/steps or time/max-minutes, whichever is further, "
+        "so it decays on time however fast the machine is; a resumed run counts the "
+        "minutes it had used",
+    )
+    run.add_argument("--batch-tokens", type=int, default=2048, help="a step (%(default)s)")
+    run.add_argument(
+        "--accumulate", type=int, default=1, help="parts that a step is computed in (%(default)s)"
+    )
+    run.add_argument(
+        "--row-tokens",
+        type=int,
+        default=256,
+        help="length of a training row until the finish (%(default)s)",
+    )
+    run.add_argument(
+        "--finish",
+        type=float,
+        default=0.1,
+        help="last part of the run, with rows of n_positions and the whole "
+        "vocabulary in the softmax (%(default)s)",
+    )
+    run.add_argument(
+        "--sampled-head",
+        type=int,
+        default=0,
+        metavar="N",
+        help="until the finish, about N tokens in the softmax (0: all)",
+    )
+    run.add_argument("--lr", type=float, default=4e-3, help="peak (%(default)s)")
+    run.add_argument("--warmup", type=int, default=200, help="steps (%(default)s)")
+    run.add_argument("--beta1", type=float, default=0.9, help="AdamW (%(default)s)")
+    run.add_argument("--beta2", type=float, default=0.98, help="AdamW (%(default)s)")
+    run.add_argument("--weight-decay", type=float, default=0.1, help="matrices (%(default)s)")
+    run.add_argument("--clip", type=float, default=1.0, help="gradient norm (%(default)s)")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the matrix products; weights stay float32 (%(default)s)",
+    )
+    run.add_argument("--device", help="default: cuda where there is one, else cpu")
+    run.add_argument("--threads", type=int, help="CPU threads")
+
+    report = parser.add_argument_group("reports")
+    report.add_argument("--log-every", type=int, default=50, help="steps (%(default)s)")
+    report.add_argument("--valid-every", type=int, default=500, help="steps (%(default)s)")
+    report.add_argument(
+        "--valid-tokens",
+        type=int,
+        default=32768,
+        help="of each validation but the last, which takes all (%(default)s)",
+    )
+    report.add_argument("--save-every", type=int, default=500, help="steps (%(default)s)")
+    report.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also score a unigram and a bigram model of the same data",
+    )
+    report.add_argument(
+        "--export-dtype",
+        choices=("float32", "float16"),
+        default="float16",
+        help="of the exported model.safetensors (%(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train a GPT-2 on text files; writes checkpoints, a log, a plot and the finished model.
+
+    Returns the exit status: 0 when finished, 128 + the signal's number when stopped by SIGINT or
+    SIGTERM (the run is saved: repeat the command with --resume), 1 after an error, which is
+    printed.
+    """
+    from gpt2fast.training.trainer import TrainingError
+
+    try:
+        return _run(args)
+    except (ValueError, OSError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from gpt2fast.training.data import find_files, load_tokens
+    from gpt2fast.training.state import checkpoint_files
+    from gpt2fast.training.trainer import Settings, Trainer
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    out = Path(args.out)
+    if checkpoint_files(out / "checkpoints") and not args.resume:
+        raise ValueError(f"{out} holds a run already: add --resume, or choose another --out")
+
+    cache = Path(args.cache_dir).expanduser()
+    train = load_tokens(find_files(args.data), cache)
+    valid = load_tokens(find_files(args.valid), cache) if args.valid else None
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    model = _build_model(args).to(device)
+    trainer = Trainer(
+        model,
+        train,
+        valid,
+        out,
+        settings,
+        data_id=Path(train.filename).stem,
+        log_every=args.log_every,
+        valid_every=args.valid_every,
+        save_every=args.save_every,
+        valid_tokens=args.valid_tokens,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{model.num_parameters():,} parameters on {device}, {len(train):,} training tokens"
+        + (f", {len(valid):,} validation tokens" if valid is not None else ""),
+        flush=True,
+    )
+    if args.resume and trainer.resume():
+        print(f"resumed at step {trainer.step}, {trainer.elapsed / 60:.1f} min", flush=True)
+    if number := trainer.run():
+        print(f"stopped at step {trainer.step}: saved, go on with --resume", flush=True)
+        return 128 + number
+    _finish(args, trainer)
+    return 0
+
+
+def _build_model(args: argparse.Namespace) -> "GPT2LMHeadModel":
+    from gpt2fast.config import PRESETS, GPT2Config
+    from gpt2fast.model import GPT2LMHeadModel
+
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), args.dropout)
+    sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
+    if args.init_from:
+        if args.preset or sizes:
+            raise ValueError("--init-from brings its own sizes: leave out --preset and --n-...")
+        return GPT2LMHeadModel.from_pretrained(args.init_from, **dropout)
+    if args.preset is not None:
+        if args.preset not in PRESETS:
+            raise ValueError(f"--preset is one of {', '.join(PRESETS)}, got {args.preset!r}")
+        fields: dict[str, Any] = {**PRESETS[args.preset], **sizes}
+    else:
+        fields = {"n_positions": 1024, "n_embd": 128, "n_layer": 7, "n_head": 2, **sizes}
+    return GPT2LMHeadModel(GPT2Config(**fields, **dropout))
+
+
+def _finish(args: argparse.Namespace, trainer: Any) -> None:
+    """Export the model, score it on all validation tokens, and write the summary and the plot."""
+    import torch
+
+    from gpt2fast.training.baselines import bigram_nats, unigram_nats
+    from gpt2fast.training.plot import plot_loss
+
+    model, valid, out = trainer.model, trainer.valid, trainer.folder
+    summary: dict[str, Any] = {
+        "steps": trainer.step,
+        "tokens": trainer.step * args.batch_tokens,
+        "minutes": round(trainer.elapsed / 60, 1),
+        "parameters": model.num_parameters(),
+        "training_tokens": len(trainer.order.tokens),
+        "settings": asdict(trainer.settings),
+    }
+    # Scored as exported: rounded to the dtype that goes on disk.
+    model.to(getattr(torch, args.export_dtype))
+    model.save_pretrained(out)
+    model.float()
+    if valid is not None:
+        summary["validation_tokens"] = len(valid)
+        for row_tokens in sorted({args.row_tokens, model.config.n_positions}):
+            loss = trainer.evaluate(row_tokens)
+            summary[f"validation_loss_rows_of_{row_tokens}"] = round(loss, 4)
+            print(f"validation loss {loss:.4f}, rows of {row_tokens} tokens", flush=True)
+        if args.baselines:
+            for name, score in (("unigram", unigram_nats), ("bigram", bigram_nats)):
+                loss = score(trainer.order.tokens, valid, model.config.vocab_size)
+                summary[f"validation_loss_{name}"] = round(loss, 4)
+                print(f"validation loss {loss:.4f}, {name} baseline", flush=True)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if not plot_loss(trainer.log_path, out / "loss.png", summary):
+        print("no loss plot: matplotlib is not installed", flush=True)
+    print(f"model in {out}", flush=True)
