@@ -234,6 +234,11 @@ class GPT2Config:
         Path(path).write_text(self.to_json_string(), encoding="utf-8")
 
     @property
+    def embedding_rows(self) -> int:
+        """Rows of the token embedding."""
+        return self.vocab_size
+
+    @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
 

@@ -76,7 +76,7 @@ def prepare_inputs(
         raise ValueError(f"the input is empty: got shape {list(shape)}")
     lead, length = tuple(shape[:-1]), shape[-1]
     if input_ids is not None:
-        check_range("input_ids", input_ids, config.vocab_size)
+        check_range("input_ids", input_ids, config.embedding_rows)
         input_ids = input_ids.to(device).reshape(-1, length)
         batch = input_ids.shape[0]
     else:
@@ -95,7 +95,7 @@ def prepare_inputs(
             raise ValueError(
                 f"token_type_ids must be {list(shape)}; got {list(token_type_ids.shape)}"
             )
-        check_range("token_type_ids", token_type_ids, config.vocab_size)
+        check_range("token_type_ids", token_type_ids, config.embedding_rows)
         token_type_ids = token_type_ids.to(device).reshape(-1, length)
     key_mask, mask = _check_mask(attention_mask, batch, length, past_length, config)
     position_ids = _positions(

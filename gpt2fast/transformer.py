@@ -35,7 +35,7 @@ class GPT2Model(PreTrainedModel):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
-        self.wte = _embedding(config.vocab_size, config.n_embd)
+        self.wte = _embedding(config.embedding_rows, config.n_embd)
         self.wpe = _embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(GPT2Block(config, i) for i in range(config.n_layer))
