@@ -241,7 +241,7 @@ def _load(
             model = cls(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         # On the meta device nothing is allocated, but sizes past 64 bits do not even exist.
-        raise CheckpointError(f"no model can be built from {config!r}: {error}") from error
+        raise CheckpointError(f"the configuration's sizes are impossible: {error}") from error
     expected = dict(model.named_parameters())
     found = rename_for(model, tensors)
     merge_tied(model, found)
@@ -271,7 +271,7 @@ def _check_layers(config: GPT2Config, tensors: Mapping[str, Tensor]) -> None:
     if len(layers) < config.n_layer:
         raise CheckpointError(
             f"the configuration has n_layer={config.n_layer}, but the checkpoint holds "
-            f"{len(layers)} layers of GPT-2; it holds {_listed(tensors)}"
+            f"{len(layers)} layers of GPT-2; it holds {_listed(tensors) or 'nothing'}"
         )
 
 
@@ -292,15 +292,20 @@ def _check_tensors(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 def _resolve_dtype(
     dtype: str | torch.dtype | None, config: GPT2Config, tensors: Mapping[str, Tensor]
 ) -> torch.dtype:
-    if dtype in (None, "auto"):
-        dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if dtype not in (None, "auto"):
+        return _as_dtype(dtype, "dtype", ValueError)
+    stated = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if stated is not None:
+        return _as_dtype(stated, "the configuration's dtype", CheckpointError)
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.dtype in _DTYPES.values()]
+    return dtypes[0] if dtypes else torch.get_default_dtype()
+
+
+def _as_dtype(value: object, what: str, error: type[ValueError]) -> torch.dtype:
+    dtype = _DTYPES.get(str(value).removeprefix("torch."))
     if dtype is None:
-        dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
-        dtype = dtypes[0] if dtypes else torch.get_default_dtype()
-    resolved = _DTYPES.get(str(dtype).removeprefix("torch."))
-    if resolved is None:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
-    return resolved
+        raise error(f"{what} must be one of {', '.join(_DTYPES)}; got {value!r}")
+    return dtype
 
 
 def _resolve_device(device: str | torch.device | None, device_map: Any) -> torch.device:

@@ -64,7 +64,7 @@ class Archive(Folder):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(Path(tempfile.mkdtemp(prefix="gpt2fast-")))
+        super().__init__(Path(tempfile.mkdtemp(prefix=f"{path.name}-")))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self.archive = path
         unpack_archive(path, self.path)

@@ -10,8 +10,10 @@ training a mapped tensor never reaches the file. Formats are told apart by their
 * the ``.tar.gz`` archives of pytorch-pretrained-BERT (``config.json`` and ``pytorch_model.bin``).
 """
 
+import gzip
 import json
 import os
+import pickle
 import re
 import shutil
 import tarfile
@@ -115,7 +117,9 @@ def _read_pickle(path: Path, zipped: bool) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: entry {name!r} is {_kind(tensor)}, not a tensor")
+            raise CheckpointError(
+                f"{path} must hold tensors by name; it holds {_kind(tensor)} by {name!r}"
+            )
         if not _is_dense(tensor):
             raise CheckpointError(f"{path}: tensor {name!r} is not a plain dense one")
         tensors[name] = tensor.detach()
@@ -187,7 +191,11 @@ def unpack_archive(path: Path, folder: Path) -> None:
         CheckpointError: the archive is damaged, or unpacks to absurdly more than its size.
     """
     limit = _MAX_ARCHIVE_RATIO * path.stat().st_size
-    with _as_checkpoint_error(path), tarfile.open(path, "r:gz") as archive:
+    with (
+        _as_checkpoint_error(path),
+        gzip.open(path) as stream,
+        tarfile.open(fileobj=stream, mode="r:") as archive,
+    ):
         for member in archive:
             if member.offset_data + member.size > limit:
                 raise CheckpointError(f"{path}: {member.name!r} unpacks to {member.size} bytes")
@@ -197,6 +205,10 @@ def unpack_archive(path: Path, folder: Path) -> None:
                 assert source is not None
                 with (folder / name).open("xb") as target:
                     shutil.copyfileobj(source, target)
+        # gzip compares its checksum at the end of the stream.
+        while stream.read(1 << 20):
+            if stream.tell() > limit:
+                raise CheckpointError(f"{path} unpacks to more than {limit} bytes")
 
 
 def write_tensors(
@@ -278,10 +290,16 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
         if isinstance(error, CheckpointError) or error.errno is not None:
             raise
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except pickle.UnpicklingError as error:
+        # Without PyTorch's message, which goes on to say how to execute the file after all.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it refers to {named[1]}" if named else "it is damaged, or holds other objects"
+        raise CheckpointError(f"{path} is not a plain pickle of tensors: {reason}") from None
     except Exception as error:
-        message = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} cannot be read: {message}") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _kind(value: object) -> str:
-    return f"{type(value).__name__} {str(value)[:40]!r}"
+    return f"{type(value).__name__} {repr(value)[:40]}"
