@@ -179,6 +179,8 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.resume and trainer.resume():
         print(f"resumed at step {trainer.step}, {trainer.elapsed / 60:.1f} min", flush=True)
+    else:
+        trainer.log_path.unlink(missing_ok=True)
     if number := trainer.run():
         print(f"stopped at step {trainer.step}: saved, go on with --resume", flush=True)
         return 128 + number
@@ -215,7 +217,7 @@ def _finish(args: argparse.Namespace, trainer: Any) -> None:
     model, valid, out = trainer.model, trainer.valid, trainer.folder
     summary: dict[str, Any] = {
         "steps": trainer.step,
-        "tokens": trainer.step * args.batch_tokens,
+        "tokens": trainer.tokens,
         "minutes": round(trainer.elapsed / 60, 1),
         "parameters": model.num_parameters(),
         "training_tokens": len(trainer.order.tokens),

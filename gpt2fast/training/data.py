@@ -46,12 +46,17 @@ def split_documents(text: str) -> list[str]:
 
 
 def _read_text(path: Path) -> str:
-    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-    return data.decode("utf-8")
+    data = path.read_bytes()
+    try:
+        return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def _token_ids(path: Path, tokenizer: Any) -> Iterator[np.ndarray]:
     if path.suffix == ".bin":
+        if (size := path.stat().st_size) % 2:
+            raise ValueError(f"{path} has {size} bytes: not a whole number of uint16 ids")
         yield np.fromfile(path, dtype=np.uint16)
         return
     for document in split_documents(_read_text(path)):
@@ -75,7 +80,7 @@ def load_tokens(files: Sequence[Path], cache_dir: Path, tokenizer: Any = None) -
         if tokenizer is None:
             from gpt2fast.tokenizer import GPT2Tokenizer
 
-            tokenizer = GPT2Tokenizer.from_pretrained("gpt2")
+            tokenizer = GPT2Tokenizer()
         cache_dir.mkdir(parents=True, exist_ok=True)
         partial = cached.with_suffix(f".{os.getpid()}.tmp")
         try:

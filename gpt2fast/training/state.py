@@ -2,8 +2,9 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -15,7 +16,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def write_atomically(path: Path, write: Any) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write(file)`` on a temporary neighbour, sync it, and rename it to ``path``."""
     partial = path.with_name(f"{path.name}.tmp")
     with partial.open("wb") as file:
@@ -30,12 +31,17 @@ def write_atomically(path: Path, write: Any) -> None:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write ``step-<step>.pt`` atomically, then drop all but the two newest."""
+    """Write ``step-<step>.pt`` atomically, then drop all but the two newest.
+
+    What a save that was cut short left behind goes as well.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     write_atomically(path, lambda file: torch.save(state, file))
     for old in checkpoint_files(folder)[:-_KEEP]:
         old.unlink()
+    for partial in folder.glob("step-*.pt.tmp"):
+        partial.unlink()
     return path
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gpt2fast.training.data import BlockOrder
 from gpt2fast.training.sampled_head import VocabularySampler, sampled_head_loss
-from gpt2fast.training.state import load_newest_checkpoint, save_checkpoint
+from gpt2fast.training.state import load_newest_checkpoint, save_checkpoint, write_atomically
 
 
 class TrainingError(RuntimeError):
@@ -62,6 +62,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0 steps, got {self.warmup}")
         if self.row_tokens < 2 or n_positions % self.row_tokens:
             raise ValueError(
                 f"rows of {self.row_tokens} tokens do not divide n_positions = {n_positions}"
@@ -143,6 +145,11 @@ class Trainer:
         self.model, self.valid, self.folder, self.settings = model, valid, folder, settings
         self.data_id, self.valid_tokens = data_id, valid_tokens
         self.log_every, self.valid_every, self.save_every = log_every, valid_every, save_every
+        for every in (log_every, valid_every, save_every):
+            if every < 1:
+                raise ValueError(f"reports and checkpoints come every 1 or more steps, got {every}")
+        if valid is not None and len(valid) < 2:
+            raise ValueError(f"validation needs at least two tokens, got {len(valid)}")
         for name, tokens in (("training", train), ("validation", valid)):
             if tokens is not None and (top := int(tokens.max())) >= config.vocab_size:
                 raise ValueError(
@@ -162,22 +169,34 @@ class Trainer:
         self.step, self.cursor, self.elapsed = 0, 0, 0.0
         self.log_path = folder / "log.jsonl"
 
+    @property
+    def tokens(self) -> int:
+        """Training tokens seen."""
+        return self.cursor * self.order.block_size
+
     def resume(self) -> bool:
         """Continue from the newest checkpoint in the folder; False where there is none."""
         state = load_newest_checkpoint(self.folder / "checkpoints")
         if state is None:
             return False
-        theirs = {**state["settings"], "data": state["data"]}
-        ours = {**asdict(self.settings), "data": self.data_id}
-        # The order of the data, and nothing else, would silently be another one.
-        for name in ("data", "seed"):
-            if theirs[name] != ours[name]:
+        # With other data or another seed the order of the data would silently change.
+        for name, theirs, ours in (
+            ("data", state["data"], self.data_id),
+            ("seed", state["settings"]["seed"], self.settings.seed),
+        ):
+            if theirs != ours:
+                raise ValueError(f"cannot resume: {name} was {theirs!r}, now it is {ours!r}")
+        for name, tensor in self.model.state_dict().items():
+            theirs = list(state["model"][name].shape) if name in state["model"] else "absent"
+            if theirs != list(tensor.shape):
                 raise ValueError(
-                    f"cannot resume: {name} was {theirs[name]!r}, now it is {ours[name]!r}"
+                    f"cannot resume: {name} was {theirs}, now it is {list(tensor.shape)}"
                 )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
+        if self.model.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.model.device)
         self.step, self.cursor, self.elapsed = state["step"], state["cursor"], state["elapsed"]
         self._drop_log_after(self.step)
         return True
@@ -194,6 +213,8 @@ class Trainer:
             "settings": asdict(self.settings),
             "data": self.data_id,
         }
+        if self.model.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.model.device)
         return save_checkpoint(self.folder / "checkpoints", self.step, state)
 
     def run(self) -> int:
@@ -203,7 +224,9 @@ class Trainer:
         is not finite, before it reaches the weights.
         """
         started = time.monotonic() - self.elapsed
-        window, window_start, window_step = [], time.monotonic(), self.step
+        self.log_path.touch()
+        self._window: list[float] = []
+        self._window_start = time.monotonic()
         bar = tqdm(
             desc="train",
             unit="step",
@@ -213,20 +236,19 @@ class Trainer:
         )
         with bar, _stop_signals() as signals:
             while (progress := self.settings.progress(self.step, self.elapsed)) < 1:
-                window.append(self._train_step(progress))
+                self._window.append(self._train_step(progress))
                 self.elapsed = time.monotonic() - started
                 bar.update()
                 if self.step % self.log_every == 0:
-                    seconds = time.monotonic() - window_start
-                    tokens = (self.step - window_step) * self.settings.batch_tokens
-                    self._report(sum(window) / len(window), tokens / seconds, progress, bar)
-                    window, window_start, window_step = [], time.monotonic(), self.step
+                    self._report(progress, bar)
                 if self.valid is not None and self.step % self.valid_every == 0:
                     self._validate(progress, bar)
                 if signals or self.step % self.save_every == 0:
                     self.save()
                 if signals:
                     return signals[0]
+            if self._window:
+                self._report(1.0, bar)
         self.save()
         return 0
 
@@ -237,8 +259,8 @@ class Trainer:
         first is predicted once; with ``max_tokens``, that many tokens' worth of windows, evenly
         spaced.
         """
-        if self.valid is None or len(self.valid) < 2:
-            raise ValueError("validation needs at least two tokens")
+        if self.valid is None:
+            raise ValueError("no validation tokens were given")
         starts = np.arange(0, len(self.valid) - 1, row_tokens - 1)
         if max_tokens is not None and (count := max(1, max_tokens // row_tokens)) < len(starts):
             starts = starts[np.linspace(0, len(starts) - 2, count).astype(int)]
@@ -318,7 +340,12 @@ class Trainer:
             dtype=getattr(torch, self.settings.dtype),
         )
 
-    def _report(self, loss: float, speed: float, progress: float, bar: tqdm) -> None:
+    def _report(self, progress: float, bar: tqdm) -> None:
+        """Print and log the mean loss and the speed since the last report."""
+        now = time.monotonic()
+        loss = sum(self._window) / len(self._window)
+        speed = len(self._window) * self.settings.batch_tokens / (now - self._window_start)
+        self._window, self._window_start = [], now
         rate = self.optimizer.param_groups[0]["lr"]
         left = self.elapsed * (1 - progress) / progress if progress else math.inf
         text = (
@@ -339,7 +366,7 @@ class Trainer:
     def _log(self, **values: Any) -> None:
         record = {
             "step": self.step,
-            "tokens": self.step * self.settings.batch_tokens,
+            "tokens": self.tokens,
             "minutes": round(self.elapsed / 60, 3),
             **values,
         }
@@ -355,4 +382,4 @@ class Trainer:
             with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-        self.log_path.write_text("".join(kept))
+        write_atomically(self.log_path, lambda file: file.write("".join(kept).encode()))

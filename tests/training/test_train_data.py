@@ -1,0 +1,97 @@
+import lzma
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2fast.training.data import (
+    END_OF_TEXT,
+    BlockOrder,
+    find_files,
+    load_tokens,
+    split_documents,
+)
+
+
+def test_documents_are_what_stands_between_separator_lines():
+    text = "One.\n\nTwo lines.\n<|endoftext|>\nMid <|endoftext|> line\r\n<|endoftext|>\r\n"
+    text += "<|endoftext|>\n"
+    assert split_documents(text) == ["One.\n\nTwo lines.\n", "Mid <|endoftext|> line\r\n"]
+
+
+def test_tokens_are_each_documents_ids_and_an_end(tmp_path):
+    tiktoken_ids = {"It was a dark night.\n": [1026, 373, 257, 3223, 1755, 13, 198]}
+    text = "It was a dark night.\n"
+    (tmp_path / "a.txt").write_text(f"{text}<|endoftext|>\n{text}")
+    with lzma.open(tmp_path / "b.xz", "wt") as file:
+        file.write(text)
+    np.array([7, 8], dtype=np.uint16).tofile(tmp_path / "c.bin")
+    tokens = load_tokens(find_files([str(tmp_path / "*.*")]), tmp_path / "cache")
+    document = [*tiktoken_ids[text], END_OF_TEXT]
+    assert tokens.tolist() == document * 3 + [7, 8]
+    assert tokens.dtype == np.uint16
+    assert isinstance(tokens, np.memmap)
+
+
+class _CountingTokenizer:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.calls += 1
+        return [ord(letter) for letter in text]
+
+
+def test_the_cache_is_used_until_the_text_changes(tmp_path):
+    path, cache, tokenizer = tmp_path / "a.txt", tmp_path / "cache", _CountingTokenizer()
+    path.write_text("abc")
+    load_tokens([path], cache, tokenizer)
+    load_tokens([path], cache, tokenizer)
+    assert tokenizer.calls == 1
+    path.write_text("abd")
+    assert load_tokens([path], cache, tokenizer).tolist() == [97, 98, 100, END_OF_TEXT]
+    assert tokenizer.calls == 2
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_bad_data_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no file matches '.*nothing\*'"):
+        find_files([str(tmp_path / "nothing*")])
+    (tmp_path / "a.pdf").touch()
+    with pytest.raises(ValueError, match=r"a\.pdf"):
+        find_files([str(tmp_path / "a.pdf")])
+    for name, content, message in (
+        ("empty.txt", b" \n<|endoftext|>\n", "no text in"),
+        ("latin.txt", b"caf\xe9", r"latin\.txt.*utf-8"),
+        ("broken.xz", b"not lzma", r"broken\.xz"),
+        ("odd.bin", b"\x00\x01\x02", "3 bytes"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_tokens([path], tmp_path / "cache", _CountingTokenizer())
+
+
+def test_an_epoch_visits_every_block_once():
+    tokens = np.arange(1000, dtype=np.uint16)
+    order = BlockOrder(tokens, block_size=10, seed=3)
+    epochs = [order.blocks(start, 99) for start in (0, 99)]
+    for epoch in epochs:
+        firsts = sorted(epoch[:, 0].tolist())
+        assert firsts == list(range(firsts[0], firsts[0] + 990, 10))
+        assert torch.equal(epoch, epoch[:, :1] + torch.arange(10))
+    assert not torch.equal(*epochs)
+
+
+def test_the_order_depends_on_seed_and_position_alone():
+    tokens = np.arange(1000, dtype=np.uint16)
+    at_once = BlockOrder(tokens, 16, seed=1).blocks(0, 200)
+    order = BlockOrder(tokens, 16, seed=1)
+    pieces = [order.blocks(start, 25) for start in reversed(range(0, 200, 25))]
+    assert torch.equal(at_once, torch.cat(pieces[::-1]))
+    assert not torch.equal(at_once, BlockOrder(tokens, 16, seed=2).blocks(0, 200))
+
+
+def test_too_little_data():
+    with pytest.raises(ValueError, match="31 tokens: too few, two blocks of 16"):
+        BlockOrder(np.zeros(31, dtype=np.uint16), 16, seed=0)

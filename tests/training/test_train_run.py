@@ -1,0 +1,187 @@
+"""Whole runs of tiny models: learning, resuming, dying, and what is left on disk."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2fast import GPT2Config, GPT2LMHeadModel
+from gpt2fast.training.state import checkpoint_files, load_newest_checkpoint
+from gpt2fast.training.trainer import Settings, Trainer, TrainingError
+
+SETTINGS = Settings(
+    batch_tokens=128, row_tokens=16, steps=60, lr=1e-2, warmup=5, finish=0.2, sampled_head=24
+)
+
+
+def _tokens(length=4000, seed=0):
+    """A Markov chain on 64 tokens: after one token come two others, equally likely: ln 2 nats."""
+    rng = np.random.default_rng(seed)
+    successors = np.random.default_rng(99).permutation(64)
+    tokens = [0]
+    for bit in rng.integers(2, size=length - 1):
+        tokens.append((successors[tokens[-1]] + bit) % 64)
+    return np.array(tokens, dtype=np.uint16)
+
+
+def _trainer(folder, settings=SETTINGS, **options):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2,
+            resid_pdrop=0.1, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    options = {"log_every": 10, "valid_every": 20, "save_every": 7, **options}
+    return Trainer(model, _tokens(), _tokens(500, 1), folder, settings, data_id="chain", **options)
+
+
+def _weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def _log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_the_chain(tmp_path, capsys):
+    trainer = _trainer(tmp_path, replace(SETTINGS, steps=300))
+    before = trainer.evaluate(32)
+    assert before > 4
+    assert trainer.run() == 0
+    assert trainer.evaluate(32) < 0.9  # the chain's own entropy is 0.69
+    assert trainer.tokens == 300 * 128
+    losses = [record["loss"] for record in _log(tmp_path) if "loss" in record]
+    assert len(losses) == 30
+    assert losses[-1] < 1.0 < losses[0]
+    row_tokens = [r["valid_row_tokens"] for r in _log(tmp_path) if "valid_loss" in r]
+    assert row_tokens == [16] * 12 + [32] * 3
+    shown = capsys.readouterr().out.splitlines()
+    assert sum("tokens/s" in line and "loss" in line and "left" in line for line in shown) == 30
+
+
+def test_validation_predicts_every_token_but_the_first_once(tmp_path):
+    trainer = _trainer(tmp_path)
+    trainer.model.eval()
+    ids = torch.from_numpy(trainer.valid.astype(np.int64))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, 499, 15):
+            window = ids[start : start + 16]
+            logits = trainer.model(window[None]).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    assert trainer.evaluate(16) == pytest.approx(total / 499, rel=1e-5)
+
+
+def test_accumulation_changes_nothing_but_the_memory(tmp_path):
+    settings = replace(SETTINGS, steps=3, sampled_head=0)
+    weights = []
+    for parts in (1, 4):
+        trainer = _trainer(tmp_path / str(parts), replace(settings, accumulate=parts))
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.model.config.resid_pdrop = 0.0
+        trainer.run()
+        weights.append(_weights(trainer))
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    whole = _trainer(tmp_path / "whole")
+    whole.run()
+
+    class Stop(Exception):
+        pass
+
+    def run_until(trainer, step):
+        take_step = trainer._train_step
+
+        def step_or_stop(progress):
+            if trainer.step == step:
+                raise Stop
+            return take_step(progress)
+
+        trainer._train_step = step_or_stop
+        with pytest.raises(Stop):
+            trainer.run()
+
+    run_until(_trainer(tmp_path / "cut"), 17)  # the last checkpoint is of step 14
+    second = _trainer(tmp_path / "cut")
+    assert second.resume()
+    assert second.step == 14
+    run_until(second, 53)
+    last = _trainer(tmp_path / "cut")
+    assert last.resume()
+    assert last.step == 49
+    last.run()
+    for name, expected in _weights(whole).items():
+        assert torch.equal(_weights(last)[name], expected), name
+    steps = [record["step"] for record in _log(tmp_path / "cut")]
+    assert steps == [record["step"] for record in _log(tmp_path / "whole")]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    _trainer(tmp_path).run()
+    newest = checkpoint_files(tmp_path / "checkpoints")
+    assert [path.name for path in newest] == ["step-00000056.pt", "step-00000060.pt"]
+    newest[1].write_bytes(newest[1].read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"cannot read .*60\.pt"):
+        assert load_newest_checkpoint(tmp_path / "checkpoints")["step"] == 56
+    newest[0].write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="cannot read"),
+        pytest.raises(ValueError, match="none of the checkpoints"),
+    ):
+        load_newest_checkpoint(tmp_path / "checkpoints")
+
+
+def test_resuming_something_else_is_refused(tmp_path):
+    _trainer(tmp_path, replace(SETTINGS, steps=2)).run()
+    with pytest.raises(ValueError, match="seed was 0, now it is 1"):
+        _trainer(tmp_path, replace(SETTINGS, seed=1)).resume()
+    trainer = _trainer(tmp_path)
+    trainer.data_id = "other"
+    with pytest.raises(ValueError, match="data was 'chain', now it is 'other'"):
+        trainer.resume()
+    trainer = _trainer(tmp_path)
+    trainer.model.transformer.wpe = torch.nn.Embedding(16, 32)
+    with pytest.raises(ValueError, match=r"wpe.weight was \[32, 32\], now it is \[16, 32\]"):
+        trainer.resume()
+
+
+def test_time_used_survives_a_resume(tmp_path):
+    trainer = _trainer(tmp_path, replace(SETTINGS, steps=None, minutes=1e6))
+    trainer.elapsed = 3600.0
+    trainer.save()
+    resumed = _trainer(tmp_path, replace(SETTINGS, steps=None, minutes=60))
+    assert resumed.resume()
+    assert resumed.run() == 0
+    assert (resumed.step, resumed.elapsed) == (0, 3600.0)
+
+
+def test_nan_stops_before_it_reaches_the_weights(tmp_path):
+    trainer = _trainer(tmp_path)
+    take_step = trainer._loss
+
+    def loss(rows, sample):
+        value = take_step(rows, sample)
+        return value * float("nan") if trainer.step == 20 else value
+
+    trainer._loss = loss
+    with pytest.raises(TrainingError, match=r"step 21: the loss is nan.*learning rate"):
+        trainer.run()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert load_newest_checkpoint(tmp_path / "checkpoints")["step"] == 14
+
+
+def test_unusable_data(tmp_path):
+    trainer = _trainer(tmp_path)
+    with pytest.raises(ValueError, match="training data holds token 64, vocab_size is 64"):
+        Trainer(trainer.model, _tokens() + 1, None, tmp_path, SETTINGS, data_id="x")
+    with pytest.raises(ValueError, match="validation needs at least two tokens, got 1"):
+        Trainer(trainer.model, _tokens(), _tokens(1), tmp_path, SETTINGS, data_id="x")
