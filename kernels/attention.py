@@ -58,6 +58,11 @@ def _check(
                 f"mask must be [{batch}, {key_length}] or [{batch} or 1, {num_heads} or 1, "
                 f"{length}, {key_length}]; got {list(mask.shape)}"
             )
+        if mask.dtype != torch.bool and (mask.dim() == 2 or not mask.is_floating_point()):
+            raise ValueError(
+                f"a {mask.dim()}-D mask must be boolean{' or float' if mask.dim() == 4 else ''}; "
+                f"got {mask.dtype}"
+            )
 
 
 def prepare_mask(key_mask: Tensor | None, query_length: int, device: torch.device) -> Tensor | None:
@@ -133,9 +138,9 @@ def attention_append(
 
     Raises:
         ValueError: the shapes do not agree, or the cache has no room.
-        RuntimeError: qkv requires a gradient: an in-place write has none.
+        RuntimeError: qkv or the cache requires a gradient: an in-place write has none.
     """
-    if torch.is_grad_enabled() and qkv.requires_grad:
+    if torch.is_grad_enabled() and (qkv.requires_grad or kv_cache.requires_grad):
         raise RuntimeError(
             "attention_append writes in place and has no gradient; use torch.no_grad"
         )

@@ -39,6 +39,8 @@ def embedding(
     Raises:
         ValueError: the shapes do not agree.
     """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [batch, time]; got {list(input_ids.shape)}")
     batch, length = input_ids.shape
     if position_ids.shape not in ((batch, length), (1, length)):
         raise ValueError(
@@ -48,5 +50,9 @@ def embedding(
     if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
         raise ValueError(
             f"token_type_ids must be [{batch}, {length}]; got {list(token_type_ids.shape)}"
+        )
+    if wte.dim() != 2 or wpe.dim() != 2 or wte.shape[1] != wpe.shape[1]:
+        raise ValueError(
+            f"expected wte [V, C] and wpe [P, C]; got {list(wte.shape)} and {list(wpe.shape)}"
         )
     return _embedding(input_ids, position_ids, token_type_ids, wte, wpe)

@@ -86,8 +86,12 @@ class _LMHeadLoss(torch.autograd.Function):
             ctx.save_for_backward(*output[1:], 1.0 / kept if ctx.reduction == "mean" else None)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # torch's own once_differentiable would let this pass: upstream needs no gradient.
+            raise RuntimeError(
+                "lm_head_loss is differentiable once; for create_graph=True compute the logits"
+            )
         if ctx.reduction == "none":
             hidden, weight, labels = ctx.saved_tensors
             hidden, weight = hidden.to(ctx.compute_dtype), weight.to(ctx.compute_dtype)
@@ -143,23 +147,15 @@ class _Gradients:
 def _lm_head_loss_torch(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
-    device = hidden.device.type
-    # Cast once here: left to autocast, the whole weight would be cast for every chunk.
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    grad = torch.is_grad_enabled()
-    with torch.autocast(device, enabled=False):
-        loss, _, _ = _LMHeadLoss.apply(
-            hidden,
-            weight,
-            labels,
-            ignore_index,
-            reduction,
-            dtype,
-            grad and hidden.requires_grad,
-            grad and weight.requires_grad,
-        )
-    return loss
+    device, grad = hidden.device.type, torch.is_grad_enabled()
+    wanted = grad and hidden.requires_grad, grad and weight.requires_grad
+    options = labels.long(), ignore_index, reduction
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # Cast once here: left to autocast, the whole weight would be cast for every chunk.
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return _LMHeadLoss.apply(hidden, weight, *options, dtype, *wanted)[0]
+    return _LMHeadLoss.apply(hidden, weight, *options, hidden.dtype, *wanted)[0]
 
 
 _lm_head_loss = register_op(
@@ -182,12 +178,13 @@ def lm_head_loss(
     Args:
         hidden: ``[N, C]``, final hidden states.
         weight: ``[V, C]``, the (tied) head.
-        labels: ``[N]``, int64, in ``[0, V)`` or ``ignore_index``; not shifted here.
+        labels: ``[N]``, integers in ``[0, V)`` or ``ignore_index``; not shifted here.
         ignore_index: the label of rows that count neither in the loss nor in its mean.
         reduction: "mean" over the kept rows (NaN where none is kept), "sum", or "none".
 
     Returns:
-        float32: a scalar, or ``[N]`` for "none" (0 where ignored). Differentiable once.
+        float32: a scalar, or ``[N]`` for "none" (0 where ignored). Differentiable once, by autograd
+        (not under the transforms of ``torch.func``).
 
     Raises:
         ValueError: the shapes do not agree, a label is out of range, or the reduction is unknown.
@@ -199,6 +196,8 @@ def lm_head_loss(
         )
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"expected labels [{hidden.shape[0]}]; got {list(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers; got {labels.dtype}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {_REDUCTIONS}; got {reduction!r}")
     if not torch.compiler.is_compiling() and labels.device.type != "meta":

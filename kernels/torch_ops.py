@@ -83,6 +83,7 @@ def _attend(
 ) -> Tensor:
     """Attention of q ``[B, H, T, D]`` over kv ``[2, B, H, S, D]``; heads merged, ``[B, T, C]``."""
     query_length, key_length = q.shape[2], kv.shape[3]
+    kv = kv.to(q.dtype)  # a past may come from the other side of an autocast boundary
     if upcast and q.dtype != torch.float32:
         out, _ = weighted_attention(q, kv, mask, scale, dropout_p, None, upcast)
         return out
@@ -90,6 +91,8 @@ def _attend(
         mask = bottom_right_mask(query_length, key_length, q.device)
     elif mask is not None and mask.dim() == 2:
         mask = expand_key_mask(mask, query_length)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     out = F.scaled_dot_product_attention(
         q,
         kv[0],
@@ -120,7 +123,7 @@ def weighted_attention(
         mask = bottom_right_mask(q.shape[2], kv.shape[3], q.device)
     elif mask.dim() == 2:
         mask = expand_key_mask(mask, q.shape[2])
-    key, value = kv.unbind(0)
+    key, value = kv.to(q.dtype).unbind(0)
     if upcast:
         with torch.autocast(q.device.type, enabled=False):
             scores = q.float() @ key.float().transpose(-1, -2) * scale

@@ -1,0 +1,250 @@
+"""lm_head_loss against logits and cross-entropy in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import gpt2fast.kernels.lm_head as lm_head
+from gpt2fast import kernels
+from tests.kernels import oracles
+from tests.kernels.oracles import DTYPES, compare
+from tests.tolerances import assert_close
+
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def _inputs(
+    rows: int, width: int, vocab: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], Tensor]:
+    tensors = [torch.randn(rows, width).to(dtype), (torch.randn(vocab, width) / 2).to(dtype)]
+    return tensors, torch.randint(vocab, (rows,))
+
+
+def _compare(
+    tensors: list[Tensor], labels: Tensor, reduction: str, ignore_index: int = -100
+) -> None:
+    options = {"reduction": reduction, "ignore_index": ignore_index}
+    compare(
+        "lm_head_loss",
+        lambda *t: kernels.lm_head_loss(*t, labels, **options),
+        lambda *t: oracles.lm_head_loss(*t, labels, **options),
+        tensors,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 5), (7, 63, 131), (37, 16, 50)], ids=str)
+def test_loss(shape: tuple[int, int, int], reduction: str, dtype: torch.dtype) -> None:
+    tensors, labels = _inputs(*shape, dtype)
+    _compare(tensors, labels, reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3])
+def test_ignored_rows(ignore_index: int, reduction: str, dtype: torch.dtype) -> None:
+    tensors, labels = _inputs(19, 16, 50, dtype)
+    labels[labels == 3] = 4
+    labels[[0, 3, 4, 18]] = ignore_index
+    _compare(tensors, labels, reduction, ignore_index)
+    if reduction == "none":
+        losses = kernels.lm_head_loss(*tensors, labels, ignore_index=ignore_index, reduction="none")
+        assert (losses[[0, 3, 4, 18]] == 0).all()
+        assert (losses[5:18] > 0).all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 33, 50])
+def test_chunk_boundaries(rows: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "_CHUNK_ELEMENTS", 1)  # the smallest chunk: 16 rows
+    tensors, labels = _inputs(rows, 8, 40)
+    labels[rows // 2] = -100 if rows > 1 else 0
+    assert len(lm_head._chunks(rows, 40)) == -(-rows // 16)
+    _compare(tensors, labels, reduction)
+
+
+def test_the_default_reduction_is_the_mean_with_ignore_index_minus_100() -> None:
+    (hidden, weight), labels = _inputs(5, 8, 11)
+    labels[2] = -100
+    explicit = kernels.lm_head_loss(hidden, weight, labels, ignore_index=-100, reduction="mean")
+    assert torch.equal(kernels.lm_head_loss(hidden, weight, labels), explicit)
+
+
+@pytest.mark.parametrize(("reduction", "value"), [("mean", float("nan")), ("sum", 0.0)])
+@pytest.mark.parametrize("rows", [3, 0])
+def test_nothing_kept(rows: int, reduction: str, value: float) -> None:
+    """As PyTorch's cross_entropy: the mean of nothing is NaN, its gradients are zero."""
+    (hidden, weight), labels = _inputs(rows, 8, 11)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = kernels.lm_head_loss(hidden, weight, torch.full_like(labels, -100), reduction=reduction)
+    assert torch.equal(loss, torch.tensor(value)) or (loss.isnan() and value != value)
+    loss.backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))  # type: ignore[arg-type]
+    assert torch.equal(weight.grad, torch.zeros_like(weight))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_only_the_wanted_gradients(reduction: str, frozen: str) -> None:
+    (hidden, weight), labels = _inputs(6, 8, 11)
+    hidden.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "hidden")
+    loss = kernels.lm_head_loss(hidden, weight, labels, reduction=reduction)
+    assert loss.requires_grad == (frozen != "both")
+    if loss.requires_grad:
+        loss.sum().backward()
+    reference = [t.detach().requires_grad_() for t in (hidden, weight)]
+    oracles.lm_head_loss(*reference, labels, reduction=reduction).sum().backward()
+    for ours, wanted in zip((hidden, weight), reference, strict=True):
+        assert (ours.grad is not None) == ours.requires_grad
+        if ours.requires_grad:
+            assert_close("lm_head_loss", "backward", ours.grad, wanted.grad)  # type: ignore[arg-type]
+
+
+def test_tied_weight() -> None:
+    """The same tensor as hidden states' source and as head: both gradients add up."""
+    weight = torch.randn(11, 8, requires_grad=True)
+    labels = torch.randint(11, (5,))
+    kernels.lm_head_loss(weight[:5], weight, labels).backward()
+    reference = weight.detach().double().requires_grad_()
+    oracles.lm_head_loss(reference[:5], reference, labels, reduction="mean").backward()
+    assert_close("lm_head_loss", "backward", weight.grad, reference.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_extreme_logits(reduction: str) -> None:
+    """Logits of +-1e4: a naive exp would overflow; wrong by far and right for sure are both fine."""
+    hidden = torch.tensor([[100.0], [-100.0], [100.0]])
+    weight = torch.tensor([[100.0], [0.0], [-100.0]])
+    _compare([hidden, weight], torch.tensor([0, 0, 1]), reduction)
+
+
+def test_a_gradient_scaler_saves_float16_from_underflow() -> None:
+    """Probabilities / N of 3e-8 are nothing in float16, unless the scaler's factor comes first."""
+    rows, vocab, scale = 16384, 2048, 2.0**16
+    hidden, weight = torch.zeros(rows, 1).half(), 1 + torch.randn(vocab, 1).half() / 16
+    labels = torch.arange(rows) % vocab
+    leaf = hidden.clone().requires_grad_()
+    (kernels.lm_head_loss(leaf, weight, labels) * scale).backward()
+    truth = scale / rows * (weight.double().mean() - weight.double()[labels])
+    assert leaf.grad is not None
+    assert (leaf.grad.double() - truth).abs().max() / truth.abs().max() < 0.01
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_autocast(reduction: str) -> None:
+    """float32 inputs under autocast: products in bfloat16, the loss and its gradients float32."""
+    (hidden, weight), labels = _inputs(9, 16, 50)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = kernels.lm_head_loss(hidden, weight, labels, reduction=reduction)
+        reference = [t.detach().requires_grad_() for t in (hidden, weight)]
+        plain = oracles.lm_head_loss(*reference, labels, reduction=reduction)
+    assert loss.dtype == torch.float32
+    upstream = torch.randn(loss.shape)
+    loss.backward(upstream)
+    plain.backward(upstream)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    oracle = oracles.lm_head_loss(*exact, labels, reduction=reduction)
+    oracle.backward(upstream.double())
+
+    def error(value: Tensor, truth: Tensor) -> float:
+        return float((value.double() - truth).abs().max() / truth.abs().max())
+
+    eps = torch.finfo(torch.bfloat16).eps / 2
+    oracle = oracle.detach()
+    assert error(loss.detach(), oracle) <= 2 * error(plain.detach(), oracle) + eps
+    for ours, same, truth in zip((hidden, weight), reference, exact, strict=True):
+        assert ours.grad is not None
+        assert ours.grad.dtype == torch.float32
+        assert error(ours.grad, truth.grad) <= 2 * error(same.grad, truth.grad) + eps  # type: ignore[arg-type]
+
+
+def test_backward_twice_and_scaled() -> None:
+    """The gradients formed in the forward pass are scaled, never written to."""
+    (hidden, weight), labels = _inputs(6, 8, 11)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = kernels.lm_head_loss(hidden, weight, labels)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    tripled = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(loss, (hidden, weight))
+    for a, b, c in zip(first, tripled, again, strict=True):
+        assert torch.equal(a, c)
+        assert torch.allclose(b, 3 * a)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck(reduction: str) -> None:
+    (hidden, weight), labels = _inputs(5, 3, 4)
+    labels[1] = -100
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    # The loss is computed in float32: coarse steps, and a tolerance to match.
+    assert torch.autograd.gradcheck(
+        lambda h, w: kernels.lm_head_loss(h, w, labels, reduction=reduction),
+        (hidden, weight),
+        eps=1e-2,
+        atol=1e-3,
+        rtol=1e-2,
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_second_derivative_is_refused(reduction: str) -> None:
+    """Silently missing terms would be worse: autograd itself would not notice."""
+    (hidden, weight), labels = _inputs(5, 3, 4)
+    hidden.requires_grad_()
+    loss = kernels.lm_head_loss(hidden, weight, labels, reduction=reduction).sum()
+    with pytest.raises(
+        RuntimeError, match="^lm_head_loss is differentiable once; for create_graph"
+    ):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_inputs_are_not_changed_and_may_be_strided() -> None:
+    hidden, weight = torch.randn(8, 6).t(), torch.randn(11, 16)[:, ::2]
+    labels = torch.randint(11, (12,))[::2]
+    before = hidden.clone(), weight.clone(), labels.clone()
+    _compare([hidden, weight], labels, "mean")
+    for now, then in zip((hidden, weight, labels), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_int32_labels() -> None:
+    (hidden, weight), labels = _inputs(5, 8, 11)
+    assert torch.equal(
+        kernels.lm_head_loss(hidden, weight, labels.int()),
+        kernels.lm_head_loss(hidden, weight, labels),
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 11], "labels must be in [0, 11) or -100; got 11"),
+        ([0, -1], "labels must be in [0, 11) or -100; got -1"),
+        ([-100, -101], "labels must be in [0, 11) or -100; got -101"),
+        ([0, 1, 2], "expected labels [2]; got [3]"),
+        ([[0, 1]], "expected labels [2]; got [1, 2]"),
+        ([0.0, 1.0], "labels must be integers; got torch.float32"),
+        ([True, False], "labels must be integers; got torch.bool"),
+    ],
+)
+def test_wrong_labels(labels: list[int], message: str) -> None:
+    (hidden, weight), _ = _inputs(2, 8, 11)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        kernels.lm_head_loss(hidden, weight, torch.tensor(labels))
+    assert str(error.value) == message
+
+
+def test_wrong_shapes_and_reduction() -> None:
+    (hidden, weight), labels = _inputs(2, 8, 11)
+    with pytest.raises(ValueError, match=r"^expected hidden \[N, C\] and weight \[V, C\]; got "):
+        kernels.lm_head_loss(hidden, weight.t(), labels)
+    with pytest.raises(ValueError, match=r"got \[1, 2, 8\] and \[11, 8\]$"):
+        kernels.lm_head_loss(hidden[None], weight, labels)
+    with pytest.raises(ValueError, match=r"^reduction must be one of \('mean', 'sum', 'none'\); "):
+        kernels.lm_head_loss(hidden, weight, labels, reduction="batchmean")
