@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gpt2fast import kernels
 from gpt2fast.base import PreTrainedModel
 from gpt2fast.config import GPT2Config
+from gpt2fast.generation import GenerationMixin
 from gpt2fast.inputs import check_range
 from gpt2fast.layers import is_plain
 from gpt2fast.outputs import CausalLMOutput, DeferredLogits, DoubleHeadsOutput, as_returned
@@ -22,7 +23,7 @@ from gpt2fast.transformer import GPT2Model
 __all__ = ["GPT2DoubleHeadsModel", "GPT2LMHeadModel", "GPT2Model"]
 
 
-class _HeadModel(PreTrainedModel):
+class _HeadModel(GenerationMixin, PreTrainedModel):
     """A transformer with the language-model head on it, tied where the configuration says so."""
 
     def __init__(self, config: GPT2Config) -> None:

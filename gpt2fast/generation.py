@@ -1,0 +1,360 @@
+"""``generate`` and ``stream``: text from a language model, one token after the other."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from gpt2fast.beams import BeamSearch
+from gpt2fast.decoding import Decoder, Request
+from gpt2fast.generation_options import GenerationOptions
+from gpt2fast.outputs import ModelOutput
+from gpt2fast.sampling import RandomRows, check_scores, row_streams, sample
+from gpt2fast.stopping import FINISH_REASONS, LENGTH, RUNNING
+from gpt2fast.tokenizer import StreamDecoder
+
+if TYPE_CHECKING:
+    from gpt2fast.decoding import LanguageModel
+
+
+class GenerateOutput(ModelOutput):
+    """What `GenerationMixin.generate` returns with ``return_dict_in_generate=True``.
+
+    R rows: ``num_return_sequences`` for each prompt, side by side. S steps.
+
+    Attributes:
+        sequences: ``[R, T + S]``, prompts and new tokens, filled up with the padding token.
+        sequences_scores: ``[R]``, of a beam search: the sum of (processed) log-probabilities over
+            ``length ** length_penalty``.
+        scores: with ``output_scores``, for each step ``[R, V]`` float32 after all processors (of
+            log-probabilities ``[B * num_beams, V]`` in a beam search).
+        logits: with ``output_logits``, for each step the model's own, in float32.
+        beam_indices: ``[R, S]``, of a beam search: the row of the batch each token came from, -1
+            after the end.
+        past_key_values: a `KVCache` of every token but the last of each row; None after the
+            context has slid, and of a beam search.
+        logprobs: with ``output_logprobs``, ``[R, S]``: of each new token under the model, before
+            all processors; 0 after the row's end.
+        finish_reasons: why each row ended: "eos", "stop_string", "length" (as many tokens as were
+            asked for) or "context" (the model has no more positions).
+    """
+
+    _fields = (
+        "sequences",
+        "sequences_scores",
+        "scores",
+        "logits",
+        "beam_indices",
+        "past_key_values",
+        "logprobs",
+        "finish_reasons",
+    )
+
+
+class StreamStep(NamedTuple):
+    """One step of `GenerationMixin.stream`.
+
+    Attributes:
+        token_ids: the new token of each row; None for a row that has ended before.
+        text: with a tokenizer, the new text of each row: whole characters only, so often "", and
+            without the token that ended the row. None without one.
+        finish_reasons: for each row why it ended, or None while it goes on.
+        logprobs: with ``output_logprobs``, of each row's token under the model.
+    """
+
+    token_ids: list[int | None]
+    text: list[str] | None
+    finish_reasons: list[str | None]
+    logprobs: list[float] | None
+
+
+class Decoding:
+    """Greedy decoding or sampling of a request.
+
+    Attributes:
+        sequences: ``[R, T]``, prompts and everything generated so far.
+        reasons: ``[R]``, codes of `gpt2fast.stopping.FINISH_REASONS`.
+    """
+
+    def __init__(self, decoder: Decoder, request: Request) -> None:
+        options = request.options
+        copies, prompts = options.num_return_sequences, request.prompts
+        self.decoder = decoder
+        self._request = request
+        self.sequences = prompts.ids.repeat_interleave(copies, 0)
+        self.reasons = torch.zeros(len(self.sequences), dtype=torch.int8, device=prompts.ids.device)
+        self._random: RandomRows | None = None
+        if options.do_sample:
+            streams = row_streams(options, len(prompts.lengths))
+            self._random = RandomRows(streams, prompts.ids.device)
+
+    @torch.no_grad()
+    def steps(self) -> Iterator["_Step"]:
+        """Generate, pausing after each token."""
+        request, copies = self._request, self._request.options.num_return_sequences
+        stopping, processors = request.stopping(), request.processors(copies)
+        for count in range(1, request.new_tokens + 1):
+            ended = self.reasons != RUNNING
+            if count == 1:
+                logits = self.decoder.prefill(request.prompts.ids).repeat_interleave(copies, 0)
+                self.decoder.expand(copies)
+            else:
+                logits = self.decoder.step(self.sequences, ended)
+            scores = logits
+            for process in processors:
+                scores = process(self.sequences, scores)
+            check_scores(scores)
+            if self._random is None:
+                tokens = scores.argmax(-1)
+            else:
+                tokens = sample(scores, self._random.draw())
+            tokens = tokens.masked_fill(ended, request.pad)
+            self.sequences = torch.cat((self.sequences, tokens[:, None]), dim=1)
+            self.reasons = torch.where(ended, self.reasons, stopping(self.sequences, count))
+            yield _Step(tokens, ended, logits, scores)
+            if stopping.all_ended(self.reasons, count):
+                break
+
+
+class _Step(NamedTuple):
+    """``[R]`` new tokens, ``[R]`` rows that had ended before, ``[R, V]`` logits and scores."""
+
+    tokens: Tensor
+    ended: Tensor
+    logits: Tensor
+    scores: Tensor
+
+    def logprobs(self) -> Tensor:
+        """``[R]``, of the tokens under the model; 0 for rows that had ended."""
+        logprobs = self.logits.log_softmax(-1).gather(1, self.tokens[:, None]).squeeze(1)
+        return logprobs.masked_fill(self.ended, 0)
+
+
+class GenerationMixin:
+    """Adds `generate` and `stream` to a model with a transformer and a language-model head."""
+
+    def generate(
+        self,
+        input_ids: Any = None,
+        *,
+        inputs: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        streamer: Any = None,
+        **options: Any,
+    ) -> Tensor | GenerateOutput:
+        """Continue prompts: greedily, by sampling or by beam search.
+
+        Keywords mean what they mean in transformers, and greedy tokens and beams are the same.
+        Each row comes out as it would alone: rows have their own positions, random numbers and
+        end. Runs in the mode the model is in; call ``eval()`` first to be rid of dropout.
+
+        Args:
+            input_ids: ``[B, T]`` or ``[T]`` token ids; or a list of prompts of any lengths, each a
+                list or tensor, padded on the left here. Default: ``config.bos_token_id``.
+            inputs: another name of ``input_ids``.
+            attention_mask: ``[B, T]``, 0 for padding, which must stand on the left. Without it a
+                ``pad_token_id`` that does not end rows too counts as padding where it stands in a
+                tensor of ``input_ids``.
+            past_key_values: keys and values of the first tokens of ``input_ids``, which holds
+                those tokens as well. Never changed.
+            streamer: ``streamer.put(ids)`` receives the prompts ``[R, T]`` and then each step's
+                tokens ``[R]``, on the CPU; ``streamer.end()`` ends it. Not with beams.
+            max_new_tokens: how many tokens to generate at most; default 20.
+            max_length: the same with the padded prompt counted; ``max_new_tokens`` goes first.
+            min_new_tokens, min_length: no row ends by ``eos_token_id`` before that.
+            eos_token_id: an id or several that end a row; default ``config.eos_token_id``; an
+                empty list for none.
+            pad_token_id: fills up rows that ended; default ``config.pad_token_id``, then the first
+                ``eos_token_id``, then 0.
+            stop_strings: a text or several that end a row where they become complete, which may
+                have begun in the prompt. Needs ``tokenizer``, with ``decode(ids)``.
+            repetition_penalty: above 1 makes tokens that were there less likely (divides positive
+                scores, multiplies negative ones).
+            no_repeat_ngram_size: no sequence of so many tokens occurs twice; 0: off.
+            logits_processor: functions of ids ``[R, T]`` and scores ``[R, V]`` that return new
+                scores, called after the two above and the minimum length.
+            do_sample: draw tokens, from scores changed in this order:
+            temperature: divides them.
+            top_k: keeps the k best; 0 or None: all. The default is 50, as in transformers.
+            top_p: keeps the likeliest that together reach this probability.
+            min_p: keeps those at least this share as likely as the likeliest.
+            seed: an integer that repeats a call: row i draws from stream (seed, i). Or a list with
+                one seed a prompt, whose rows then repeat in any batch.
+            generator: a ``torch.Generator`` to draw the seed from; default torch's global one, so
+                that ``torch.manual_seed`` repeats a call.
+            num_return_sequences: rows for each prompt.
+            num_beams: the width of a beam search, without sampling.
+            length_penalty: see ``sequences_scores`` in `GenerateOutput`; above 0 favours length.
+            early_stopping: of a beam search: True ends it with ``num_beams`` ended hypotheses,
+                False when better ones are unlikely, "never" when they are impossible.
+            context_policy: when a row needs more than the model's ``n_positions``: "stop" ends it
+                (see ``finish_reasons``; its last token is the one predicted at the last position),
+                "slide" keeps the last ``n_positions // 2`` tokens, evaluates them again from
+                position 0, and goes on.
+            return_dict_in_generate: return a `GenerateOutput`.
+            output_scores, output_logits, output_logprobs: put these into it.
+
+        Returns:
+            ``[R, T + S]`` int64 on the device of ``input_ids``, prompts and new tokens, for
+            R = B * ``num_return_sequences`` rows; or a `GenerateOutput`.
+
+        Raises:
+            TypeError: an unknown keyword.
+            ValueError: a value out of range, ids outside the vocabulary, an empty prompt, a mask
+                of another shape, padding at a row's end or a row of nothing else, a prompt longer
+                than the context, logits that are NaN.
+        """
+        model = cast("LanguageModel", self)
+        request = _prepare(model, input_ids, inputs, attention_mask, past_key_values, options)
+        decoder = Decoder(model, request)
+        if request.options.num_beams > 1:
+            if streamer is not None:
+                raise ValueError(
+                    "a beam search cannot be streamed: its tokens are known at the end"
+                )
+            output = _search(decoder, request)
+        else:
+            output = _decode(decoder, request, streamer)
+        ids = input_ids if inputs is None else inputs
+        if isinstance(ids, Tensor):
+            output.sequences = output.sequences.to(ids.device)
+        return output if request.options.return_dict_in_generate else output.sequences
+
+    def stream(
+        self,
+        input_ids: Any = None,
+        *,
+        inputs: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> Iterator[StreamStep]:
+        """Generate as `generate` does, handing out each token when it is known.
+
+        What is wrong with the arguments is raised here, before the first step is asked for. Close
+        the iterator, or drop it, to stop early.
+
+        Args:
+            (all): as in `generate`. A ``tokenizer`` must be a `gpt2fast.tokenizer.GPT2Tokenizer`:
+                it gives the steps their text.
+
+        Yields:
+            a `StreamStep` for every token; text that ends within a character comes with the last.
+
+        Raises:
+            TypeError, ValueError: as `generate`; or beams, which are known only at the end.
+        """
+        model = cast("LanguageModel", self)
+        request = _prepare(model, input_ids, inputs, attention_mask, past_key_values, options)
+        if request.options.num_beams > 1:
+            raise ValueError("a beam search cannot be streamed: its tokens are known at the end")
+        return _stream(Decoding(Decoder(model, request), request), request)
+
+
+def _prepare(
+    model: "LanguageModel",
+    input_ids: Any,
+    inputs: Any,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    options: dict[str, Any],
+) -> Request:
+    if input_ids is not None and inputs is not None:
+        raise ValueError("give either input_ids or inputs, which are the same, and not both")
+    ids = input_ids if inputs is None else inputs
+    return Request.prepare(
+        model, ids, attention_mask, past_key_values, GenerationOptions.of(options)
+    )
+
+
+def _reasons(codes: Tensor) -> tuple[str, ...]:
+    # Only a request for no token at all leaves rows running.
+    return tuple(FINISH_REASONS[code or LENGTH] for code in codes.tolist())
+
+
+def _decode(decoder: Decoder, request: Request, streamer: Any) -> GenerateOutput:
+    options = request.options
+    decoding = Decoding(decoder, request)
+    scores: list[Tensor] = []
+    logits: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    if streamer is not None:
+        streamer.put(decoding.sequences.cpu())
+    for step in decoding.steps():
+        if streamer is not None:
+            streamer.put(step.tokens.cpu())
+        if options.output_scores:
+            scores.append(step.scores)
+        if options.output_logits:
+            logits.append(step.logits)
+        if options.output_logprobs:
+            logprobs.append(step.logprobs())
+    if streamer is not None:
+        streamer.end()
+    return GenerateOutput(
+        sequences=decoding.sequences,
+        scores=tuple(scores) if options.output_scores else None,
+        logits=tuple(logits) if options.output_logits else None,
+        past_key_values=None if decoder.slid else decoder.past,
+        logprobs=_columns(logprobs, decoding.sequences) if options.output_logprobs else None,
+        finish_reasons=_reasons(decoding.reasons),
+    )
+
+
+def _columns(values: list[Tensor], rows: Tensor) -> Tensor:
+    """``[R, S]`` from S columns ``[R]``, of which there may be none."""
+    if not values:
+        return torch.zeros(len(rows), 0, device=rows.device)
+    return torch.stack(values, dim=1)
+
+
+def _search(decoder: Decoder, request: Request) -> GenerateOutput:
+    options, start = request.options, request.prompts.ids.shape[1]
+    search = BeamSearch(decoder, request)
+    search.run()
+    rows = torch.arange(options.num_return_sequences, device=request.prompts.ids.device)
+    best = search.done.pick(rows.expand(len(request.prompts.lengths), -1))
+    origins = best.origins.flatten(0, 1)
+    length = int((origins >= 0).sum(1).max())
+    return GenerateOutput(
+        sequences=best.sequences.flatten(0, 1)[:, : start + length],
+        sequences_scores=best.scores.flatten(),
+        scores=tuple(search.scores) if options.output_scores else None,
+        logits=tuple(search.logits) if options.output_logits else None,
+        beam_indices=origins[:, :length],
+        logprobs=best.logprobs.flatten(0, 1)[:, :length] if options.output_logprobs else None,
+        finish_reasons=_reasons(best.reasons.flatten()),
+    )
+
+
+def _stream(decoding: Decoding, request: Request) -> Iterator[StreamStep]:
+    options, tokenizer = request.options, request.options.tokenizer
+    decoders = None
+    if tokenizer is not None:
+        decoders = [StreamDecoder(tokenizer) for _ in range(len(decoding.sequences))]
+    for step in decoding.steps():
+        before, codes = step.ended.tolist(), decoding.reasons.tolist()
+        tokens = step.tokens.tolist()
+        token_ids = [None if end else t for t, end in zip(tokens, before, strict=True)]
+        text = None
+        if decoders is not None:
+            text = [
+                _new_text(decoder, token, code, request.eos)
+                for decoder, token, code in zip(decoders, token_ids, codes, strict=True)
+            ]
+        yield StreamStep(
+            token_ids,
+            text,
+            [None if code == RUNNING else FINISH_REASONS[code] for code in codes],
+            step.logprobs().tolist() if options.output_logprobs else None,
+        )
+
+
+def _new_text(decoder: StreamDecoder, token: int | None, code: int, eos: Sequence[int]) -> str:
+    """The text that ``token`` completes in its row, which now is at ``code``."""
+    if token is None:
+        return ""
+    text = "" if token in eos else decoder.push(token)
+    return text if code == RUNNING else text + decoder.flush()
