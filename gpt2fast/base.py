@@ -70,6 +70,8 @@ class PreTrainedModel(nn.Module):
         Weights are normal with ``initializer_range``; those that write to the residual stream
         are scaled by ``1/sqrt(2 * n_layer)``, one for each of its additions.
         """
+        if parameter.is_meta:
+            return  # the first random number there would import PyTorch's compiler
         module, _, leaf = name.rpartition(".")
         if leaf == "bias":
             parameter.zero_()

@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import re
+import reprlib
 import shutil
 import tarfile
 import uuid
@@ -190,7 +191,7 @@ def unpack_archive(path: Path, folder: Path) -> None:
     Raises:
         CheckpointError: the archive is damaged, or unpacks to absurdly more than its size.
     """
-    limit = _MAX_ARCHIVE_RATIO * path.stat().st_size
+    limit = _MAX_ARCHIVE_RATIO * path.stat().st_size + (1 << 20)  # tar pads to blocks
     with (
         _as_checkpoint_error(path),
         gzip.open(path) as stream,
@@ -201,9 +202,11 @@ def unpack_archive(path: Path, folder: Path) -> None:
                 raise CheckpointError(f"{path}: {member.name!r} unpacks to {member.size} bytes")
             name = member.name.rpartition("/")[2]
             if member.isreg() and name in (CONFIG_FILE, PICKLE_FILE):
+                if (folder / name).exists():
+                    raise CheckpointError(f"{path} holds several files called {name!r}")
                 source = archive.extractfile(member)
                 assert source is not None
-                with (folder / name).open("xb") as target:
+                with (folder / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
         # gzip compares its checksum at the end of the stream.
         while stream.read(1 << 20):
@@ -302,4 +305,4 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 
 
 def _kind(value: object) -> str:
-    return f"{type(value).__name__} {repr(value)[:40]}"
+    return f"{type(value).__name__} {reprlib.repr(value)}"
