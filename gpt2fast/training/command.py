@@ -165,7 +165,7 @@ def _run(args: argparse.Namespace) -> int:
         valid,
         out,
         settings,
-        data_id=Path(train.filename).stem,
+        data_id=Path(str(train.filename)).stem,
         log_every=args.log_every,
         valid_every=args.valid_every,
         save_every=args.save_every,

@@ -63,7 +63,7 @@ def _token_ids(path: Path, tokenizer: Any) -> Iterator[np.ndarray]:
         yield np.array([*tokenizer.encode(document), END_OF_TEXT], dtype=np.uint16)
 
 
-def load_tokens(files: Sequence[Path], cache_dir: Path, tokenizer: Any = None) -> np.ndarray:
+def load_tokens(files: Sequence[Path], cache_dir: Path, tokenizer: Any = None) -> np.memmap:
     """The ids of ``files``, in order, as one read-only memory-mapped uint16 array.
 
     ``tokenizer`` needs an ``encode(text) -> list[int]``; by default GPT2Tokenizer, which is loaded

@@ -11,6 +11,8 @@ see Jean et al. 2015, arXiv:1412.2007). Its logarithm is biased slightly downwar
 on the full softmax, and validation always uses that.
 """
 
+from typing import Any
+
 import torch
 
 
@@ -46,7 +48,16 @@ class _SampledHeadLoss(torch.autograd.Function):
     """The gradients are computed in the forward, chunk by chunk; the backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ids, log_inclusion, dtype, chunk):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        ids: torch.Tensor,
+        log_inclusion: torch.Tensor,
+        dtype: torch.dtype,
+        chunk: int,
+    ) -> torch.Tensor:
         rows = hidden.size(0)
         column = torch.full((weight.size(0),), -1, device=ids.device)
         column[ids] = torch.arange(len(ids), device=ids.device)
@@ -84,7 +95,7 @@ class _SampledHeadLoss(torch.autograd.Function):
         return loss / rows
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad, grad_weight * grad, None, None, None, None, None
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from gpt2fast.model import GPT2LMHeadModel
 from gpt2fast.training.data import BlockOrder
 from gpt2fast.training.sampled_head import VocabularySampler, sampled_head_loss
 from gpt2fast.training.state import load_newest_checkpoint, save_checkpoint, write_atomically
@@ -104,20 +105,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def _stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list; a second one of the same kind acts as usual."""
     received: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, previous[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.getsignal(number)
-        signal.signal(number, note)
+        previous[number] = signal.signal(number, note)
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for stopped_by, handler in previous.items():
+            signal.signal(stopped_by, handler)
 
 
 class Trainer:
@@ -129,7 +129,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: GPT2LMHeadModel,
         train: np.ndarray,
         valid: np.ndarray | None,
         folder: Path,
@@ -180,12 +180,12 @@ class Trainer:
         if state is None:
             return False
         # With other data or another seed the order of the data would silently change.
-        for name, theirs, ours in (
+        for name, was, now in (
             ("data", state["data"], self.data_id),
             ("seed", state["settings"]["seed"], self.settings.seed),
         ):
-            if theirs != ours:
-                raise ValueError(f"cannot resume: {name} was {theirs!r}, now it is {ours!r}")
+            if was != now:
+                raise ValueError(f"cannot resume: {name} was {was!r}, now it is {now!r}")
         for name, tensor in self.model.state_dict().items():
             theirs = list(state["model"][name].shape) if name in state["model"] else "absent"
             if theirs != list(tensor.shape):
@@ -193,7 +193,11 @@ class Trainer:
                     f"cannot resume: {name} was {theirs}, now it is {list(tensor.shape)}"
                 )
         self.model.load_state_dict(state["model"])
+        groups = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, ours in zip(self.optimizer.param_groups, groups, strict=True):
+            # Settings may be changed on resuming; the loaded groups hold the old ones.
+            group.update(betas=ours["betas"], weight_decay=ours["weight_decay"])
         torch.set_rng_state(state["rng"])
         if self.model.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.model.device)
@@ -295,11 +299,12 @@ class Trainer:
         settings, model = self.settings, self.model
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate(self.step, progress)
-        sample = None
+        sample: tuple[torch.Tensor, torch.Tensor] | None = None
         if self.sampler is not None and not self._finishing(progress):
             # Keyed by the step, so that a resumed run draws the same.
             generator = torch.Generator().manual_seed((settings.seed << 32) + self.step)
-            sample = [part.to(model.device) for part in self.sampler.draw(generator)]
+            ids, log_inclusion = self.sampler.draw(generator)
+            sample = ids.to(model.device), log_inclusion.to(model.device)
         blocks = settings.batch_tokens // model.config.n_positions // settings.accumulate
         model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -321,7 +326,9 @@ class Trainer:
         self.step += 1
         return total
 
-    def _loss(self, rows: torch.Tensor, sample: list[torch.Tensor] | None) -> torch.Tensor:
+    def _loss(
+        self, rows: torch.Tensor, sample: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
         """Mean cross-entropy of ``rows``, int64 ``[B, T]``: T - 1 predictions a row."""
         batch, length = rows.shape
         # Rows keep their positions in the block, so that every position is trained throughout.
