@@ -1,13 +1,17 @@
 """The codec between text and ids: what tokenizers share, without special tokens."""
 
+from __future__ import annotations
+
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 from gpt2fast.tokenizer.bpe import Merges, merge
 from gpt2fast.tokenizer.pattern import CHUNK, split_pieces, windows
 from gpt2fast.tokenizer.vocab import byte_alphabet, read_gpt2_vocabulary
 
+PACKED = "I"  # typecode of arrays of ids
 _WINDOW = 1 << 13  # characters cut into chunks at a time, which stay in the processor's cache
 _MEMO_ENTRIES = 1 << 18
 _MEMO_LENGTH = 64  # characters; longer chunks are too rare to remember
@@ -42,6 +46,19 @@ def repair_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+@cache
+def _byte_of() -> dict[str, int]:
+    return {character: byte for byte, character in byte_alphabet().items()}
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes that ``token`` stands for; one outside the alphabet stands for its own text."""
+    try:
+        return bytes(map(_byte_of().__getitem__, token))
+    except KeyError:
+        return token.encode("utf-8", "replace")
+
+
 class Codec:
     """Byte-level BPE between text and ids.
 
@@ -51,27 +68,29 @@ class Codec:
     Args:
         encoder: token -> id, in the alphabet of ``byte_alphabet``.
         merges: pairs of tokens, most frequent first.
-        unk_id: what tokens that ``encoder`` lacks become.
+        unk_id: what tokens that ``encoder`` lacks become; None if it must lack none.
         whole_tokens: that every token encodes to itself, which is known of GPT-2's vocabulary,
             so that a piece which is a token needs no merging.
 
     Raises:
-        ValueError: a merge of tokens that neither are bytes nor come from earlier merges.
+        ValueError: a merge of tokens that neither are bytes nor come from earlier merges, or a
+            token without an id.
     """
 
     def __init__(
         self,
         encoder: dict[str, int],
-        merges: Sequence[tuple[str, str]],
-        unk_id: int,
+        merges: list[tuple[str, str]],
+        unk_id: int | None,
         whole_tokens: bool = False,
     ):
         self.encoder = encoder
         self.merges = merges
         self.unk_id = unk_id
         self.decoder = {i: token for token, i in encoder.items()}
+        self.id_bytes = {i: token_bytes(token) for token, i in encoder.items()}
         alphabet = byte_alphabet()
-        symbols = {character: byte for byte, character in alphabet.items()}
+        symbols = _byte_of().copy()
         self._pairs: Merges = {}
         for rank, (left, right) in enumerate(merges):
             if left not in symbols or right not in symbols:
@@ -82,27 +101,21 @@ class Codec:
             self._pairs.setdefault((symbols[left], symbols[right]), rank << 32 | merged)
         # The first 256 symbols are the bytes' values, so a piece's UTF-8 is its symbols.
         self._tokens = [alphabet[byte] for byte in range(256)] + list(symbols)[256:]
-        self._ids = [encoder.get(token, unk_id) for token in self._tokens]
-        self.typecode = "H" if max(self._ids) < 1 << 16 else "Q"
+        lacking = [token for token in self._tokens if token not in encoder]
+        if lacking and unk_id is None:
+            raise ValueError(f"no unk_token, and {len(lacking)} without an id: {lacking[0]!r}")
+        self._id_of = {token: encoder.get(token, unk_id or 0) for token in self._tokens}
+        self._ids = list(self._id_of.values())
         self._whole: dict[bytes, bytes] = {}
         if whole_tokens:
-            for token, i in zip(self._tokens, self._ids, strict=True):
-                self._whole[self.token_bytes(token)] = array(self.typecode, [i]).tobytes()
+            for i in self._ids:
+                self._whole[self.id_bytes[i]] = array(PACKED, [i]).tobytes()
         self._chunks = _Memo(self._encode_chunk)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         if self is gpt2_codec():
             return gpt2_codec, ()
         return Codec, (self.encoder, self.merges, self.unk_id, bool(self._whole))
-
-    @staticmethod
-    def token_bytes(token: str) -> bytes:
-        """The bytes that ``token`` stands for; one outside the alphabet stands for its text."""
-        to_byte = _alphabet_bytes()
-        try:
-            return bytes(map(to_byte.__getitem__, token))
-        except KeyError:
-            return token.encode()
 
     def _encode_chunk(self, chunk: str) -> bytes:
         pieces = split_pieces(chunk)
@@ -118,28 +131,27 @@ class Codec:
             return whole
         ids = self._ids
         symbols = merge(list(data), self._pairs)
-        return array(self.typecode, [ids[symbol] for symbol in symbols]).tobytes()
+        return array(PACKED, [ids[symbol] for symbol in symbols]).tobytes()
 
-    def encode(self, text: str) -> array:
+    def encode(self, text: str) -> array[int]:
         """The ids of ``text``, packed."""
-        ids = array(self.typecode)
+        ids: array[int] = array(PACKED)
         for window in windows(text, _WINDOW):
             ids.frombytes(b"".join(map(self._chunks.__getitem__, CHUNK.findall(window))))
         return ids
 
-    def encode_bytes(self, data: bytes) -> list[int]:
+    def encode_raw(self, data: bytes) -> list[int]:
         """The ids of ``data`` as one piece, which need not be UTF-8."""
         return [self._ids[symbol] for symbol in merge(list(data), self._pairs)]
+
+    def id_of(self, token: str) -> int:
+        """The id of a token that ``pieces`` gave."""
+        return self._id_of[token]
 
     def pieces(self, text: str) -> Iterator[tuple[str, list[str]]]:
         """Each piece of ``text``, surrogates repaired, with its tokens."""
         for piece in split_pieces(repair_surrogates(text)):
             yield piece, [self._tokens[s] for s in merge(list(piece.encode()), self._pairs)]
-
-
-@cache
-def _alphabet_bytes() -> dict[str, int]:
-    return {character: byte for byte, character in byte_alphabet().items()}
 
 
 @cache

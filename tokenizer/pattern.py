@@ -21,6 +21,7 @@ The standard library's ``\s`` has U+001C to U+001F as well, therefore the class 
 import re
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 SPACES = (
     "\t\n\x0b\x0c\r \x85\xa0\u1680"
@@ -41,7 +42,7 @@ _BORDER = re.compile(rf"[^{SPACES}](?=[{SPACES}])")
 
 
 @cache
-def _unicode_piece():
+def _unicode_piece() -> Any:
     import regex  # 12 ms, which text in ASCII never needs
 
     return regex.compile(GPT2_PATTERN)
