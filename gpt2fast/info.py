@@ -1,0 +1,155 @@
+"""What this machine would use, and why: the facts behind ``gpt2fast info``."""
+
+import importlib.util
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gpt2fast.version import __version__
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices, the implementation of every op, and the checkpoints at hand.
+
+    Loads torch and asks for CUDA devices; takes no memory on one. The values are those that
+    ``json.dumps`` takes.
+    """
+    devices = _devices()
+    return {
+        "gpt2fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in ("torch", "triton", "transformers")},
+        "cpu": _cpu(),
+        "cuda": devices,
+        "default_device": "cuda" if devices else "cpu",
+        "ops": dict.fromkeys(_ops(), "PyTorch"),
+        "why": _why(devices),
+        "checkpoints": {"bundled": _bundled(), **_cached()},
+    }
+
+
+def report(facts: dict[str, Any]) -> str:
+    """The facts as lines for people to read."""
+    packages = ", ".join(
+        f"{name} {version or 'not installed'}" for name, version in facts["packages"].items()
+    )
+    cpu = facts["cpu"]
+    ops_of: dict[str, list[str]] = {}
+    for op, implementation in facts["ops"].items():
+        ops_of.setdefault(implementation, []).append(op)
+    lines = [
+        f"gpt2fast {facts['gpt2fast']}, Python {facts['python']}, {facts['platform']}",
+        packages,
+        f"CPU: {cpu['capability']}, {cpu['cores']} cores, "
+        f"{cpu['threads']} threads ({cpu['threads_why']})",
+        *(
+            f"GPU {i}: {gpu['name']}, compute capability {gpu['capability']}, "
+            f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
+            for i, gpu in enumerate(facts["cuda"])
+        ),
+        f"device: {facts['default_device']}",
+        *(f"ops by {name}: {', '.join(ops)}" for name, ops in ops_of.items()),
+        f"why: {facts['why']}",
+        "checkpoints:",
+        *(f"  {name}: {path or 'not there'}" for name, path in facts["checkpoints"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _version(distribution: str) -> str | None:
+    """The installed version, read without importing the package."""
+    if importlib.util.find_spec(distribution) is None:
+        return None
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"  # importable, but never installed
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    why = "PyTorch's choice; OMP_NUM_THREADS or --threads change it"
+    if value := os.environ.get("OMP_NUM_THREADS"):
+        why = f"OMP_NUM_THREADS={value}"
+    return {
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "threads_why": why,
+    }
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+            }
+        )
+    return found
+
+
+def _ops() -> list[str]:
+    """The registered ops, asked of the dispatcher itself."""
+    import torch
+
+    import gpt2fast.kernels  # noqa: F401  (registers them)
+
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name.removeprefix("gpt2fast::") for name in names if name[:10] == "gpt2fast::")
+
+
+def _why(devices: list[dict[str, Any]]) -> str:
+    own = "this version has no GPU kernels of its own, so PyTorch's ops run on every device"
+    if devices:
+        return f"PyTorch sees {len(devices)} CUDA device(s); {own}"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"this PyTorch was built without CUDA, so the CPU it is; {own}"
+    return f"PyTorch sees no CUDA device, so the CPU it is; {own}"
+
+
+def _bundled() -> str | None:
+    from gpt2fast.sources import BUNDLED_FOLDER
+
+    return str(BUNDLED_FOLDER) if _is_gpt2(BUNDLED_FOLDER) else None
+
+
+def _cached() -> dict[str, str]:
+    """Repository -> folder, for every GPT-2 in the Hub client's cache."""
+    from huggingface_hub import constants
+
+    found = {}
+    for snapshot in sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*")):
+        if _is_gpt2(snapshot):
+            folder = snapshot.parent.parent.name
+            found[folder.removeprefix("models--").replace("--", "/")] = str(snapshot)
+    return found
+
+
+def _is_gpt2(folder: Path) -> bool:
+    from gpt2fast.weights import CONFIG_FILE, WEIGHT_FILES
+
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    # The first published configurations have no model_type.
+    return (
+        isinstance(config, dict)
+        and config.get("model_type", "gpt2") == "gpt2"
+        and "n_embd" in config
+        and any((folder / name).is_file() for name in WEIGHT_FILES)
+    )

@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2fast import GPT2Config, GPT2LMHeadModel
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random model over GPT-2's vocabulary; its context has 32 positions."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    config = GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder

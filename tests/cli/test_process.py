@@ -1,0 +1,91 @@
+"""What only a process of its own can show: imports, signals, closed pipes; and `train`."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2fast import GPT2LMHeadModel, __version__
+from gpt2fast.cli import main
+
+COMMAND = [sys.executable, "-m", "gpt2fast"]
+
+
+def start(*words: str, **options: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*COMMAND, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def test_help_version_and_mistakes_load_no_torch() -> None:
+    code = """
+import contextlib, sys
+from gpt2fast.cli import main
+for words in (["--help"], ["--version"], ["generate", "--help"], ["train", "--help"], ["tell"],
+              ["generate", "--top-k", "x"]):
+    with contextlib.suppress(SystemExit):
+        main(words)
+main(["generate", ""])
+print(*sorted({"torch", "numpy", "transformers", "huggingface_hub", "triton"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"gpt2fast {__version__}" in done.stdout
+    assert "invalid choice: 'tell'" in done.stderr
+    assert "the prompt is empty" in done.stderr
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tiny: Path) -> None:
+    endless = ("--slide", "--max-new-tokens", "1000000", "--model", str(tiny))
+    process = start("generate", "Once upon a time", *endless)
+    assert process.stdout is not None
+    assert process.stdout.read(20).startswith(b"Once upon a time")
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+
+
+def test_an_interrupt_ends_it_with_what_was_printed(tiny: Path) -> None:
+    endless = ("--slide", "--max-new-tokens", "1000000", "--model", str(tiny))
+    process = start("generate", "Once upon a time", *endless)
+    assert process.stdout is not None
+    # It arrives while the process goes on: the text is streamed, not kept.
+    assert process.stdout.read(20).startswith(b"Once upon a time")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith(b"\n")
+    assert b"ended by interrupted" in err
+    assert b"Traceback" not in err
+
+
+def test_train_then_generate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog sat on the log\n" * 40)
+    folder = tmp_path / "model"
+    sizes = "--n-positions 32 --n-embd 16 --n-layer 1 --n-head 2 --row-tokens 32 --batch-tokens 64"
+    words = ["train", "--data", str(text), "--out", str(folder), "--steps", "3", *sizes.split()]
+    assert main([*words, "--cache-dir", str(tmp_path / "cache")]) == 0
+    assert GPT2LMHeadModel.from_pretrained(folder).config.n_positions == 32
+    capsys.readouterr()
+    assert main(["generate", "the cat", "--model", str(folder), "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("the cat")
+
+
+def test_train_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone, out = str(tmp_path / "gone.txt"), str(tmp_path / "out")
+    assert main(["train", "--data", gone, "--out", out, "--steps", "1"]) == 1
+    err = capsys.readouterr().err
+    assert "no file matches" in err
+    assert gone in err
+    assert err.count("\n") == 1
