@@ -61,7 +61,8 @@ class PreTrainedModel(nn.Module):
     def init_weights(self) -> None:
         """Initialise every parameter as GPT-2 does."""
         for name, parameter in self.named_parameters():
-            self._init_parameter(name, parameter)
+            if not parameter.is_meta:
+                self._init_parameter(name, parameter)
 
     @torch.no_grad()
     def _init_parameter(self, name: str, parameter: torch.Tensor) -> None:
@@ -71,7 +72,7 @@ class PreTrainedModel(nn.Module):
         are scaled by ``1/sqrt(2 * n_layer)``, one for each of its additions.
         """
         if parameter.is_meta:
-            return  # the first random number there would import PyTorch's compiler
+            return  # nothing to set, and random numbers there import half of PyTorch's compiler
         module, _, leaf = name.rpartition(".")
         if leaf == "bias":
             parameter.zero_()

@@ -101,10 +101,8 @@ class Repository:
                 f"{self.name} on {constants.ENDPOINT} has no revision {self.revision!r}"
             ) from error
         except _TRANSPORT_ERRORS as error:
-            raise ConnectionError(
-                f"the download of {name} of {self.name} from {constants.ENDPOINT} failed, and "
-                f"nothing of it was kept: {error}"
-            ) from error
+            what = f"{name} of {self.name} from {constants.ENDPOINT}"
+            raise ConnectionError(f"the download of {what} broke off: {error}") from error
         if self.force_download or not known:
             _verify(path)
         # .../snapshots/<commit>/<subfolder>/<name>
