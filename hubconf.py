@@ -7,15 +7,15 @@ The first argument of every entry point is a published model's name ("gpt2", "gp
 "bundled" for the small model that comes with the code, or a local folder. See `gpt2fast.legacy`.
 """
 
-from typing import Any
+import typing
 
 dependencies = ["torch", "numpy", "regex", "safetensors", "huggingface_hub"]
 
-# Imported inside the entry points: torch.hub checks `dependencies` after importing this file, and
-# lists every public callable in it as an entry point.
+# The package is imported inside the entry points: torch.hub checks `dependencies` after importing
+# this file, and takes every public callable in it for an entry point.
 
 
-def gpt2Tokenizer(*args: Any, **kwargs: Any) -> Any:
+def gpt2Tokenizer(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
     """The byte-level BPE tokenizer: `gpt2fast.legacy.GPT2Tokenizer.from_pretrained`.
 
     Args:
@@ -28,7 +28,7 @@ def gpt2Tokenizer(*args: Any, **kwargs: Any) -> Any:
     return GPT2Tokenizer.from_pretrained(*args, **kwargs)
 
 
-def gpt2Model(*args: Any, **kwargs: Any) -> Any:
+def gpt2Model(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
     """The transformer without a head: `gpt2fast.legacy.GPT2Model.from_pretrained`.
 
     ``hidden_states, past = model(input_ids, past=past)``
@@ -38,7 +38,7 @@ def gpt2Model(*args: Any, **kwargs: Any) -> Any:
     return GPT2Model.from_pretrained(*args, **kwargs)
 
 
-def gpt2LMHeadModel(*args: Any, **kwargs: Any) -> Any:
+def gpt2LMHeadModel(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
     """With the language-model head: `gpt2fast.legacy.GPT2LMHeadModel.from_pretrained`.
 
     ``logits, past = model(input_ids, past=past)``; ``loss = model(input_ids, lm_labels=labels)``
@@ -48,7 +48,7 @@ def gpt2LMHeadModel(*args: Any, **kwargs: Any) -> Any:
     return GPT2LMHeadModel.from_pretrained(*args, **kwargs)
 
 
-def gpt2DoubleHeadsModel(*args: Any, **kwargs: Any) -> Any:
+def gpt2DoubleHeadsModel(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
     """With the multiple-choice head too: `gpt2fast.legacy.GPT2DoubleHeadsModel.from_pretrained`.
 
     The published checkpoints do not hold that head: it is newly initialised, and to be trained.
