@@ -102,7 +102,8 @@ class KVCache(Sequence[Tensor]):
         if isinstance(past, KVCache):
             return past
         if is_foreign(past):
-            past = [(layer.keys, layer.values) for layer in past.layers]
+            length = int(past.get_seq_length())  # a static cache's tensors are longer
+            past = [(x.keys[:, :, :length], x.values[:, :, :length]) for x in past.layers]
         if not isinstance(past, Sequence):
             raise ValueError(f"cannot read a past from {type(past).__name__}")
         return cls([_stacked(i, layer) for i, layer in enumerate(past)])

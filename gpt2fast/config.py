@@ -51,6 +51,7 @@ PRESETS: dict[str, dict[str, int]] = {
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 ACTIVATIONS = (*TANH_GELU, "gelu", "relu", "silu", "swish", "tanh", "sigmoid")
+SUMMARY_ACTIVATIONS = (None, "tanh")
 SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
 
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
@@ -125,6 +126,8 @@ class GPT2Config:
                 fields[name] = fields.pop(alias)
         fields.pop("model_type", None)
         for name, value in {**_DEFAULTS, **fields}.items():
+            if hasattr(type(self), name):
+                raise ValueError(f"{name!r} cannot be a field: GPT2Config needs the name")
             setattr(self, name, value)
         self._validate()
 
@@ -161,6 +164,10 @@ class GPT2Config:
         if self.summary_type not in SUMMARY_TYPES:
             raise ValueError(
                 f"summary_type must be one of {', '.join(SUMMARY_TYPES)}; got {self.summary_type!r}"
+            )
+        if self.summary_activation not in SUMMARY_ACTIVATIONS:
+            raise ValueError(
+                f"summary_activation must be 'tanh' or None; got {self.summary_activation!r}"
             )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(self, name)
@@ -219,7 +226,7 @@ class GPT2Config:
         """
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a JSON configuration: {error}") from error
         return cls.from_dict(fields, **overrides)
 

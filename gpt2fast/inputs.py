@@ -77,7 +77,7 @@ def prepare_inputs(
     lead, length = tuple(shape[:-1]), shape[-1]
     if input_ids is not None:
         check_range("input_ids", input_ids, config.embedding_rows)
-        input_ids = input_ids.to(device).reshape(-1, length)
+        input_ids = input_ids.to(device, torch.long).reshape(-1, length)
         batch = input_ids.shape[0]
     else:
         assert inputs_embeds is not None
@@ -91,12 +91,12 @@ def prepare_inputs(
     past = _check_past(past_key_values, batch, config)
     past_length = 0 if past is None else past.get_seq_length()
     if token_type_ids is not None:
-        if token_type_ids.numel() != batch * length:
+        if token_type_ids.numel() != batch * length or token_type_ids.shape[-1] != length:
             raise ValueError(
                 f"token_type_ids must be {list(shape)}; got {list(token_type_ids.shape)}"
             )
         check_range("token_type_ids", token_type_ids, config.embedding_rows)
-        token_type_ids = token_type_ids.to(device).reshape(-1, length)
+        token_type_ids = token_type_ids.to(device, torch.long).reshape(-1, length)
     key_mask, mask = _check_mask(attention_mask, batch, length, past_length, config)
     position_ids = _positions(
         position_ids, key_mask, batch, length, past_length, config.n_positions, device
@@ -142,6 +142,10 @@ def _check_mask(
             and heads in (1, config.n_head)
             and (queries, columns) == (length, keys)
         ):
+            if not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+                raise ValueError(
+                    f"a 4-D attention_mask must be boolean or float; got {attention_mask.dtype}"
+                )
             return None, attention_mask
     elif attention_mask.numel() == batch * keys and attention_mask.shape[-1] == keys:
         return attention_mask.reshape(batch, keys) != 0, None
@@ -161,24 +165,24 @@ def _positions(
     device: torch.device,
 ) -> Tensor:
     """``[B, T]`` or ``[1, T]``: given, counted over the kept tokens, or counted from the past."""
-    end = past_length + length
     if position_ids is not None:
         if position_ids.numel() not in (length, batch * length) or position_ids.shape[-1] != length:
             raise ValueError(
                 f"position_ids must be [{batch}, {length}] or [{length}]; "
                 f"got {list(position_ids.shape)}"
             )
-        position_ids = position_ids.reshape(-1, length)
-    elif key_mask is not None:
-        # Padding sits at position 0, wherever it stands.
-        positions = (key_mask.long().cumsum(-1) - 1).masked_fill(~key_mask, 0)
-        position_ids = positions[:, past_length:]
-    else:
-        if end > limit:
-            raise ValueError(
-                f"the context holds {limit} positions; got {past_length} in the past and "
-                f"{length} new ones"
-            )
-        return torch.arange(past_length, end, device=device).unsqueeze(0)
-    check_range("position_ids", position_ids, limit)
-    return position_ids.to(device)
+        check_range("position_ids", position_ids, limit)
+        return position_ids.reshape(-1, length).to(device, torch.long)
+    needed = past_length + length
+    if needed > limit and key_mask is not None and not torch.compiler.is_compiling():
+        needed = int(key_mask.sum(-1).max())  # padding takes up no position
+    if needed > limit:
+        raise ValueError(
+            f"the context holds {limit} positions; got {past_length} in the past and "
+            f"{length} new ones"
+        )
+    if key_mask is None:
+        return torch.arange(past_length, needed, device=device).unsqueeze(0)
+    # Padding sits at position 0, wherever it stands.
+    positions = (key_mask.long().cumsum(-1) - 1).masked_fill(~key_mask, 0)
+    return positions[:, past_length:].to(device)

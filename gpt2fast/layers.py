@@ -162,7 +162,8 @@ class GPT2MLP(nn.Module):
         ):
             out = self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
             return out if residual is None else residual + out
-        drops = (self.training and self.dropout.p > 0) or not is_plain(self.dropout, nn.Dropout)
+        dropout = self.dropout  # whose own mode counts: Monte Carlo dropout trains it alone
+        drops = not is_plain(dropout, nn.Dropout) or (dropout.training and dropout.p > 0)
         out = kernels.gelu_mlp(
             hidden_states,
             self.c_fc.weight,
@@ -173,7 +174,7 @@ class GPT2MLP(nn.Module):
         )
         if not drops:
             return out
-        out = self.dropout(out)
+        out = dropout(out)
         return out if residual is None else residual + out
 
 

@@ -319,6 +319,10 @@ class GPT2DoubleHeadsModel(_HeadModel):
 def _keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The positions of hidden ``[..., T, C]`` whose logits are wanted."""
     if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dim() != 1:
+            raise ValueError(
+                f"logits_to_keep must be an integer or 1-D; got {list(logits_to_keep.shape)}"
+            )
         check_range("logits_to_keep", logits_to_keep, hidden.shape[-2])
         return hidden[..., logits_to_keep, :]
     if logits_to_keep < 0:

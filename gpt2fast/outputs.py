@@ -1,6 +1,7 @@
 """What the models return: a mapping with attributes that is also a tuple of its present values."""
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class DeferredLogits(NamedTuple):
                 "the logits were not read before the head's weight changed (an optimizer step?); "
                 "read output.logits before it"
             )
-        return F.linear(self.hidden, self.weight)
+        return F.linear(self.hidden.to(self.weight.dtype), self.weight)
 
 
 def _version(weight: Tensor) -> int:
@@ -46,7 +47,7 @@ def _version(weight: Tensor) -> int:
     return weight._version
 
 
-class ModelOutput(dict[str, Any]):
+class ModelOutput(OrderedDict[str, Any]):
     """Named outputs in order, without the absent ones.
 
     ``output.logits``, ``output["logits"]`` and ``output[0]`` read it; ``logits, past = output``
@@ -56,7 +57,9 @@ class ModelOutput(dict[str, Any]):
 
     _fields: tuple[str, ...] = ()
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        # The mapping is how whoever walks through outputs (accelerate, FSDP) rebuilds one.
+        values = {**(values or {}), **more}
         unknown = set(values) - set(self._fields)
         if unknown:
             raise TypeError(f"{type(self).__name__} has no field {sorted(unknown)[0]!r}")

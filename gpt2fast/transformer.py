@@ -113,7 +113,8 @@ class GPT2Model(PreTrainedModel):
         hidden = self.drop(self._embed(inputs))
 
         past = inputs.past
-        in_place = self._appends_in_place(hidden, use_cache, output_attentions, head_mask)
+        plain = use_cache and not output_attentions and head_mask is None
+        in_place = plain and self._appends_in_place(hidden, past)
         grown: KVCache | None = None
         if in_place:
             if past is None:
@@ -134,15 +135,16 @@ class GPT2Model(PreTrainedModel):
             )
             for i in range(config.n_layer)
         ]
-        states = [hidden]
+        states = []
         for block, layer_pass in zip(self.h, passes, strict=True):
+            if output_hidden_states:
+                states.append(hidden)
             if recompute:
                 hidden = checkpoint(block, hidden, layer_pass, use_reentrant=False)
             else:
                 hidden = block(hidden, layer_pass)
-            states.append(hidden)
         hidden = self.ln_f(hidden)
-        states[-1] = hidden
+        states.append(hidden)
 
         present: Any = grown
         if use_cache and not in_place:
@@ -170,18 +172,16 @@ class GPT2Model(PreTrainedModel):
         hidden = tokens + self.wpe(positions)
         return hidden if types is None else hidden + self.wte(types)
 
-    def _appends_in_place(
-        self, hidden: Tensor, use_cache: bool, output_attentions: bool, head_mask: Tensor | None
-    ) -> bool:
+    def _appends_in_place(self, hidden: Tensor, past: KVCache | None) -> bool:
         """Whether keys and values may be written into a preallocated cache: no gradient needed."""
-        if not use_cache or output_attentions or head_mask is not None:
-            return False
         if torch.compiler.is_compiling():
             return False  # the cache's bookkeeping is not for tracing
-        if self.training and any(block.attn.attn_dropout.p > 0 for block in self.h):
-            return False
+        if any(block.training for block in self.h):
+            return False  # attention dropout is for the differentiable op
         return not torch.is_grad_enabled() or not (
-            hidden.requires_grad or any(p.requires_grad for p in self.h.parameters())
+            hidden.requires_grad
+            or (past is not None and any(layer.requires_grad for layer in past))
+            or any(p.requires_grad for p in self.h.parameters())
         )
 
     def resize_token_embeddings(
@@ -210,7 +210,7 @@ class GPT2Model(PreTrainedModel):
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype that projections of ``hidden`` come out in."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype
 

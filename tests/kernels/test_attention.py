@@ -58,7 +58,7 @@ def test_causal(size: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_bottom_right_alignment() -> None:
-    """Query t sees keys 0 .. past + t: changing a later key changes nothing, an earlier one does."""
+    """Query t sees keys 0 .. past + t: changing a later key changes nothing."""
     qkv, past = _tensors((1, 1, 3, 2, 4))
     before = kernels.causal_attention(qkv, 1, past_kv=past)
     for position in range(5):

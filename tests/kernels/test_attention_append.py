@@ -161,7 +161,9 @@ def test_refuses_gradients() -> None:
 
 def test_refuses_a_cache_that_carries_gradients() -> None:
     past = torch.randn(2, 1, HEADS, 8, HEAD_SIZE, requires_grad=True)
-    with pytest.raises(RuntimeError, match="^attention_append writes in place and has no gradient"):
+    with pytest.raises(
+        RuntimeError, match=r"^attention_append writes in place and has no gradient"
+    ):
         kernels.attention_append(_qkv(1, 2), past * 1, 0, HEADS)
 
 

@@ -115,7 +115,7 @@ def test_tied_weight() -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_extreme_logits(reduction: str) -> None:
-    """Logits of +-1e4: a naive exp would overflow; wrong by far and right for sure are both fine."""
+    """Logits of +-1e4, where a naive exp overflows: rows that are wrong by far, and sure."""
     hidden = torch.tensor([[100.0], [-100.0], [100.0]])
     weight = torch.tensor([[100.0], [0.0], [-100.0]])
     _compare([hidden, weight], torch.tensor([0, 0, 1]), reduction)
@@ -199,7 +199,7 @@ def test_a_second_derivative_is_refused(reduction: str) -> None:
     hidden.requires_grad_()
     loss = kernels.lm_head_loss(hidden, weight, labels, reduction=reduction).sum()
     with pytest.raises(
-        RuntimeError, match="^lm_head_loss is differentiable once; for create_graph"
+        RuntimeError, match=r"^lm_head_loss is differentiable once; for create_graph"
     ):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
