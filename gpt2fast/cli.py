@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gpt2fast.training import add_arguments as add_train_arguments
 from gpt2fast.version import __version__
@@ -150,7 +150,14 @@ def _fail(error: Exception, status: int) -> int:
     return status
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"gpt2fast: warning: {message}", file=sys.stderr)
 
 
