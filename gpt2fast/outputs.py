@@ -20,7 +20,7 @@ class DeferredLogits(NamedTuple):
 
     hidden: Tensor
     weight: Tensor
-    version: int
+    version: int | None
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor) -> "DeferredLogits":
@@ -32,7 +32,7 @@ class DeferredLogits(NamedTuple):
         Raises:
             RuntimeError: the weight was changed since the forward pass.
         """
-        if _version(self.weight) != self.version:
+        if self.version is not None and _version(self.weight) != self.version:
             raise RuntimeError(
                 "the logits were not read before the head's weight changed (an optimizer step?); "
                 "read output.logits before it"
@@ -40,10 +40,10 @@ class DeferredLogits(NamedTuple):
         return F.linear(self.hidden.to(self.weight.dtype), self.weight)
 
 
-def _version(weight: Tensor) -> int:
-    """How often the weight was changed in place, where that is counted."""
+def _version(weight: Tensor) -> int | None:
+    """How often the weight was changed in place, where that is counted and can be told."""
     if torch.compiler.is_compiling() or weight.is_inference():
-        return 0
+        return None
     return weight._version
 
 

@@ -55,7 +55,11 @@ def pair(
     config = transformers.GPT2Config(**sizes(**overrides), attn_implementation=attention)
     reference = getattr(transformers, kind)(config).eval()
     randomize(reference, std)
-    return ours_from(reference), reference.double()
+    ours = ours_from(reference)
+    for module in reference.modules():
+        if hasattr(module, "reorder_and_upcast_attn"):
+            module.reorder_and_upcast_attn = False  # to float32: from float64 it is down
+    return ours, reference.double()
 
 
 def tokens(*shape: int) -> Tensor:
