@@ -115,22 +115,37 @@ def test_prompt_from_a_pipe_or_a_file(
     assert out.startswith(prompt)
 
 
-def test_characters_are_never_printed_by_halves(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "\U0001f600\u4e2d\u00e9"
-    tokens = iter(GPT2Tokenizer().encode(text))
+class Terminal(io.StringIO):
+    """Remembers what a reader has seen after each flush."""
 
-    def forward(self: GPT2LMHeadModel, hidden: torch.Tensor) -> torch.Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = [""]
+
+    def flush(self) -> None:
+        self.seen.append(self.getvalue())
+
+
+def test_text_is_shown_as_it_comes_and_characters_never_by_halves(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\U0001f600\u4e2d\u00e9"
+    ids = GPT2Tokenizer().encode(text)
+    assert len(ids) > len(text)
+    coming = iter(ids)
+
+    def forward(self: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*hidden.shape[:-1], self.out_features)
-        logits[..., next(tokens)] = 1
+        logits[..., next(coming)] = 1
         return logits
 
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
-    written: list[str] = []
-    monkeypatch.setattr("gpt2fast.cli._write", written.append)
-    count = len(GPT2Tokenizer().encode(text))
-    assert run(PROMPT, "--greedy", "--max-new-tokens", str(count))[0] == 0
-    assert [part for part in written if part] == [PROMPT, *text, "\n"]
-    assert len(written) == count + 2
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert run(PROMPT, "--greedy", "--max-new-tokens", str(len(ids)))[0] == 0
+    shown = sorted(set(terminal.seen), key=len)
+    ends = range(len(text) + 1)
+    assert shown == ["", *(PROMPT + text[:end] for end in ends), f"{PROMPT}{text}\n"]
 
 
 def test_the_tokenizer_of_the_folder_is_used(run: Run, tiny: Path, tmp_path: Path) -> None:
