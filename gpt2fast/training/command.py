@@ -68,26 +68,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--row-tokens",
         type=int,
         default=256,
-        help="length of a training row until the finish (%(default)s)",
+        help="length of a training row at first (%(default)s)",
     )
     run.add_argument(
-        "--finish",
+        "--long-from",
         type=float,
-        default=0.1,
-        help="last part of the run, with rows of n_positions and the whole "
-        "vocabulary in the softmax (%(default)s)",
+        default=0.85,
+        metavar="FRACTION",
+        help="from here on rows have n_positions tokens (%(default)s)",
     )
     run.add_argument(
         "--sampled-head",
         type=int,
         default=0,
         metavar="N",
-        help="until the finish, about N tokens in the softmax (0: all)",
+        help="at first, about N random tokens in the softmax (0: the whole vocabulary)",
     )
-    run.add_argument("--lr", type=float, default=4e-3, help="peak (%(default)s)")
-    run.add_argument("--warmup", type=int, default=200, help="steps (%(default)s)")
+    run.add_argument(
+        "--whole-from",
+        type=float,
+        default=0.95,
+        metavar="FRACTION",
+        help="from here on the whole vocabulary in the softmax (%(default)s)",
+    )
+    run.add_argument("--lr", type=float, default=3e-3, help="peak (%(default)s)")
+    run.add_argument("--warmup", type=int, default=300, help="steps (%(default)s)")
     run.add_argument("--beta1", type=float, default=0.9, help="AdamW (%(default)s)")
-    run.add_argument("--beta2", type=float, default=0.98, help="AdamW (%(default)s)")
+    run.add_argument("--beta2", type=float, default=0.999, help="AdamW (%(default)s)")
     run.add_argument("--weight-decay", type=float, default=0.1, help="matrices (%(default)s)")
     run.add_argument("--clip", type=float, default=1.0, help="gradient norm (%(default)s)")
     run.add_argument("--seed", type=int, default=0)

@@ -34,9 +34,10 @@ class Settings:
     A step takes ``batch_tokens`` tokens in ``accumulate`` equal parts: blocks of ``n_positions``
     tokens, cut into rows of ``row_tokens``. Progress goes from 0 to 1: the larger of step /
     ``steps`` and elapsed time / ``minutes`` (a resumed run keeps the time it had used). The rate
-    warms up linearly over ``warmup`` steps, and follows a cosine in progress down to 0. In the
-    last part, from progress 1 - ``finish`` on, rows are whole blocks and the softmax is over the
-    whole vocabulary; before, over a sample of ``sampled_head`` tokens a step (0: always whole).
+    warms up linearly over ``warmup`` steps, and follows a cosine in progress down to 0. From
+    progress ``long_from`` on rows are whole blocks. The softmax is over the whole vocabulary, or,
+    where ``sampled_head`` is not 0, over a sample of about that many tokens a step until progress
+    ``whole_from``.
     """
 
     batch_tokens: int = 2048
@@ -44,14 +45,15 @@ class Settings:
     row_tokens: int = 256
     steps: int | None = None
     minutes: float | None = None
-    lr: float = 4e-3
-    warmup: int = 200
+    lr: float = 3e-3
+    warmup: int = 300
     beta1: float = 0.9
-    beta2: float = 0.98
+    beta2: float = 0.999
     weight_decay: float = 0.1
     clip: float = 1.0
-    finish: float = 0.1
+    long_from: float = 0.85
     sampled_head: int = 0
+    whole_from: float = 0.95
     seed: int = 0
     dtype: str = "float32"
 
@@ -74,8 +76,9 @@ class Settings:
                 f"batch_tokens = {self.batch_tokens} is not a multiple of "
                 f"n_positions x accumulate = {n_positions} x {self.accumulate}"
             )
-        if not 0 <= self.finish <= 1:
-            raise ValueError(f"finish is a fraction of the run, from 0 to 1, got {self.finish}")
+        for name in ("long_from", "whole_from"):
+            if not 0 <= (fraction := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} is a fraction of the run, 0 to 1, got {fraction}")
 
     def progress(self, step: int, elapsed: float) -> float:
         """How much of the run lies behind, from 0 to 1; ``elapsed`` in seconds."""
@@ -287,11 +290,8 @@ class Trainer:
             self.model.device.type, dtype=dtype, enabled=dtype is not torch.float32
         )
 
-    def _finishing(self, progress: float) -> bool:
-        return progress >= 1 - self.settings.finish
-
     def _row_tokens(self, progress: float) -> int:
-        if self._finishing(progress):
+        if progress >= self.settings.long_from:
             return self.model.config.n_positions
         return self.settings.row_tokens
 
@@ -300,7 +300,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate(self.step, progress)
         sample: tuple[torch.Tensor, torch.Tensor] | None = None
-        if self.sampler is not None and not self._finishing(progress):
+        if self.sampler is not None and progress < settings.whole_from:
             # Keyed by the step, so that a resumed run draws the same.
             generator = torch.Generator().manual_seed((settings.seed << 32) + self.step)
             ids, log_inclusion = self.sampler.draw(generator)

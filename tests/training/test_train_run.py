@@ -12,7 +12,15 @@ from gpt2fast.training.state import checkpoint_files, load_newest_checkpoint
 from gpt2fast.training.trainer import Settings, Trainer, TrainingError
 
 SETTINGS = Settings(
-    batch_tokens=128, row_tokens=16, steps=60, lr=1e-2, warmup=5, finish=0.2, sampled_head=24
+    batch_tokens=128,
+    row_tokens=16,
+    steps=60,
+    lr=1e-2,
+    warmup=5,
+    beta2=0.98,
+    long_from=0.8,
+    sampled_head=24,
+    whole_from=0.9,
 )
 
 

@@ -38,7 +38,8 @@ def test_warm_up_and_cosine():
         ({"row_tokens": 48}, "rows of 48 tokens do not divide n_positions = 64"),
         ({"batch_tokens": 96}, "batch_tokens = 96 is not a multiple"),
         ({"accumulate": 3}, "64 x 3"),
-        ({"finish": 1.5}, "finish.*1.5"),
+        ({"long_from": 1.5}, "long_from.*1.5"),
+        ({"whole_from": -0.1}, "whole_from.*-0.1"),
     ],
 )
 def test_impossible_settings(changes, message):
