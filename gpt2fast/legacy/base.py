@@ -147,7 +147,7 @@ class GPT2Model(GPT2PreTrainedModel, transformer.GPT2Model):
                 f"the context holds {self.config.n_ctx} positions; got {past_length} in the past "
                 f"and {length} new ones"
             )
-        out = super().forward(
+        out: Any = super().forward(
             input_ids,
             cache,
             token_type_ids=token_type_ids,

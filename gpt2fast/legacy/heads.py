@@ -18,7 +18,7 @@ from gpt2fast.model import _pick_positions
 class GPT2LMHead(nn.Module):
     """Scores of the next token; the weight is the token embedding's."""
 
-    def __init__(self, model_embeddings_weights: nn.Parameter, config: GPT2Config) -> None:
+    def __init__(self, model_embeddings_weights: Tensor, config: GPT2Config) -> None:
         super().__init__()
         self.vocab_size = config.vocab_size
         rows, width = model_embeddings_weights.shape
@@ -26,7 +26,7 @@ class GPT2LMHead(nn.Module):
         self.set_embeddings_weights(model_embeddings_weights, config.predict_special_tokens)
 
     def set_embeddings_weights(
-        self, model_embeddings_weights: nn.Parameter, predict_special_tokens: bool = True
+        self, model_embeddings_weights: Tensor, predict_special_tokens: bool = True
     ) -> None:
         self.predict_special_tokens = predict_special_tokens
         self.decoder.weight = model_embeddings_weights
