@@ -106,7 +106,7 @@ class GenerationOptions:
             raise ValueError("give either seed or generator, and not both")
         if self.stop_strings is not None:
             if not self.stops or not all(isinstance(s, str) and s for s in self.stops):
-                raise ValueError(f"stop_strings must be non-empty; got {self.stop_strings!r}")
+                raise ValueError(f"stop_strings must be non-empty texts; got {self.stop_strings!r}")
             if self.tokenizer is None:
                 raise ValueError("stop_strings need the tokenizer: pass tokenizer=")
 
