@@ -17,12 +17,15 @@ def collect() -> dict[str, Any]:
     Loads torch and asks for CUDA devices; takes no memory on one. The values are those that
     ``json.dumps`` takes.
     """
+    import torch
+
     devices = _devices()
+    others = {name: _version(name) for name in ("triton", "transformers")}
     return {
         "gpt2fast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in ("torch", "triton", "transformers")},
+        "packages": {"torch": torch.__version__, **others},
         "cpu": _cpu(),
         "cuda": devices,
         "default_device": "cuda" if devices else "cpu",
