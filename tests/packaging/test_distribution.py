@@ -201,31 +201,6 @@ def test_uninstalled_checkout_imports(checkout: Path, tmp_path: Path, version: s
     check_imports(done, version)
 
 
-def test_hub_entry_points_of_an_uninstalled_checkout(checkout: Path, tmp_path: Path) -> None:
-    done = run(
-        f"""
-        import sys, torch
-        home, folder = {str(checkout)!r}, {str(tmp_path / "model")!r}
-        tokenizer = torch.hub.load(home, "gpt2Tokenizer", "gpt2", source="local")
-        # From here on the checkout is on no path: what is imported later is found all the same.
-        assert home not in sys.path
-        import gpt2fast
-        config = gpt2fast.GPT2Config(n_layer=2, n_head=2, n_embd=16)
-        gpt2fast.GPT2LMHeadModel(config).save_pretrained(folder)
-        model = torch.hub.load(home, "gpt2LMHeadModel", folder, source="local").eval()
-        ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("Who was Jim Henson ?"))
-        logits, past = model(torch.tensor([ids]))
-        strays = [name for name, module in sys.modules.items()
-                  if name.split(".")[0] == "gpt2fast" and not module.__file__.startswith(home)]
-        assert not strays, strays
-        print(*logits.shape, len(past))
-        """,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["1", "6", "50257", "2"]
-
-
 def test_installed_package_does_not_reach_outside_itself(wheel: Path, tmp_path: Path) -> None:
     """A setup.py that happens to stand beside the installed package changes nothing."""
     with zipfile.ZipFile(wheel) as archive:
