@@ -164,12 +164,12 @@ class GPT2Model(GPT2PreTrainedModel, transformer.GPT2Model):
     def set_num_special_tokens(
         self, num_special_tokens: int, predict_special_tokens: bool = True
     ) -> None:
+        if num_special_tokens < 0:
+            raise ValueError(f"num_special_tokens must be at least 0; got {num_special_tokens}")
         config = self.config
         config.predict_special_tokens = predict_special_tokens
         if num_special_tokens == config.n_special:
             return
-        if num_special_tokens < 0:
-            raise ValueError(f"num_special_tokens must be at least 0; got {num_special_tokens}")
         config.n_special = num_special_tokens
         old = self.wte.weight
         weight = old.new_empty(config.total_tokens_embeddings, config.n_embd)
