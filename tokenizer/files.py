@@ -23,6 +23,13 @@ OTHER_FILES = (
 )
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_SETTINGS = (
+    "add_prefix_space",
+    "errors",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+)
 
 
 class SavedTokenizer:
@@ -112,7 +119,12 @@ def download(name: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [*OTHER_FILES, *(file for pair in VOCABULARY_FILES for file in pair)]
-    return Path(snapshot_download(name, allow_patterns=wanted, **options))
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, **options))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is not a folder, and its tokenizer is not in the Hub's cache: {error}"
+        ) from error
 
 
 def _read_tokenizer_json(path: Path) -> SavedTokenizer:
@@ -153,7 +165,7 @@ def _apply_settings(saved: SavedTokenizer, config: Any, path: Path) -> None:
         raise ValueError(f"{path}: expected an object, found {config!r:.80}")
     if config.get("add_bos_token"):
         raise ValueError(f"{path}: add_bos_token is not supported")
-    for name in (*ROLES, "errors", "add_prefix_space", "model_max_length", "padding_side"):
+    for name in (*ROLES, *_SETTINGS):
         value = config.get(name)
         if isinstance(value, dict):
             value = value.get("content")

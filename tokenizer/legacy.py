@@ -5,8 +5,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt2fast.tokenizer.base import NO_LIMIT
+from gpt2fast.tokenizer.codec import Codec
+from gpt2fast.tokenizer.files import SavedTokenizer
 from gpt2fast.tokenizer.tokenizer import GPT2Tokenizer
-from gpt2fast.tokenizer.vocabulary import NO_LIMIT
 
 SPECIAL_TOKENS_FILE = "special_tokens.txt"
 
@@ -43,6 +45,9 @@ class LegacyGPT2Tokenizer(GPT2Tokenizer):
         )
         if special_tokens is not None:
             self.set_special_tokens(special_tokens)
+
+    def _foreign_codec(self, saved: SavedTokenizer) -> Codec:
+        return Codec(saved.encoder, saved.merges, unk_id=0)
 
     def _unknown_id(self, token: str) -> int:
         return 0

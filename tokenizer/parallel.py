@@ -49,9 +49,10 @@ def encode_parallel(encode: Encode, texts: Sequence[str], workers: int) -> list[
 
     A run of texts whose worker fails is encoded here.
     """
-    own, *others = split_evenly(texts, workers)
-    if not others:
-        return [encode(text) for text in own]
+    runs = split_evenly(texts, workers)
+    if len(runs) < 2:
+        return [encode(text) for text in texts]
+    own, *others = runs
     with ThreadPoolExecutor(len(others)) as pool:
         jobs = [pool.submit(_encode_elsewhere, encode, run) for run in others]
         results = [encode(text) for text in own]

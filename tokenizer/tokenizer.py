@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from gpt2fast.tokenizer.base import NO_LIMIT, TokenizerBase, check_side, id_list
 from gpt2fast.tokenizer.batch import PADDED, BatchEncoding, pad_rows, to_tensors, truncate
 from gpt2fast.tokenizer.codec import PACKED
 from gpt2fast.tokenizer.offsets import Span, encode_with_offsets
 from gpt2fast.tokenizer.special import choose, find_first, split_at
-from gpt2fast.tokenizer.vocabulary import NO_LIMIT, Vocabulary, check_side, id_list
 
 _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # what "surrogateescape" makes of such bytes
 
@@ -32,7 +32,7 @@ _CLEAN_UP = (
 )
 
 
-class GPT2Tokenizer(Vocabulary):
+class GPT2Tokenizer(TokenizerBase):
     """Text to ids and back by byte-level BPE, by default with GPT-2's own vocabulary.
 
     That vocabulary comes with the package; no network is needed. The names are those of Hugging
@@ -360,7 +360,7 @@ class GPT2Tokenizer(Vocabulary):
             UnicodeDecodeError: bytes that are not UTF-8, if ``errors`` is "strict".
         """
         ids = id_list(token_ids)
-        if ids and not isinstance(ids[0], int) and hasattr(ids[0], "__len__"):
+        if ids and (isinstance(ids[0], (list, tuple)) or getattr(ids[0], "ndim", 0) > 0):
             return [
                 self.decode(row, skip_special_tokens, clean_up_tokenization_spaces, errors=errors)
                 for row in ids

@@ -9,7 +9,6 @@ from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
 MERGES_FILE = Path(__file__).parent / "data" / "vocab.bpe"
-MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The vocabulary side of the tokenizer: tokens and ids, special tokens, folders."""
+"""The tokenizer without its text: tokens and ids, special tokens, folders."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from gpt2fast.tokenizer.codec import Codec, gpt2_codec, token_bytes
 from gpt2fast.tokenizer.special import SpecialToken, SpecialTokenId
 from gpt2fast.tokenizer.vocab import END_OF_TEXT, byte_alphabet
 
-_Self = TypeVar("_Self", bound="Vocabulary")
+_Self = TypeVar("_Self", bound="TokenizerBase")
 
 NO_LIMIT = int(1e30)
 _PRESET_LENGTH = 1024
@@ -36,7 +36,7 @@ def id_list(ids: Any) -> list[Any]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-class Vocabulary:
+class TokenizerBase:
     """Tokens and ids; the base of GPT2Tokenizer, which see for the arguments."""
 
     bos_token, eos_token, unk_token, pad_token = (SpecialToken() for _ in range(4))
