@@ -400,6 +400,11 @@ def test_a_wrong_hash(client, hub, files, lm, total, tmp_path, file):
         assert announced not in _cached(cache)
     hub.announced = None
     assert client.load("some/altered", cache_dir=str(cache)) == total
+    # What is downloaded anew is compared anew.
+    hub.announced = files[file]
+    hub.repositories["some/altered"] = {COMMIT: {**files, file: bytes(altered)}}
+    answer = client.load("some/altered", cache_dir=str(cache), force_download=True)
+    assert f"sha256 {announced}, but the Hub announced {received}" in answer["message"]
 
 
 def test_offline(client, hub, files, total, home):

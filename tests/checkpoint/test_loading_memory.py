@@ -14,7 +14,7 @@ PARAMETERS = 124_439_808
 # Memory that is anonymous or mapped from the file, at its peak, beyond what the imports took.
 MEASURE = """
 import json, re, sys
-from gpt2fast import GPT2LMHeadModel
+from gpt2fast import GPT2DoubleHeadsModel, GPT2LMHeadModel, legacy
 
 def status(field):
     with open("/proc/self/status") as file:
@@ -28,8 +28,11 @@ loaded = status("VmHWM") - before
 # Read every weight, as a forward pass does.
 for parameter in model.parameters():
     parameter.sum()
-print(json.dumps({"loaded": loaded, "used": status("VmHWM") - before,
-                  "parameters": model.num_parameters(), "modules": list(sys.modules)}))
+used = status("VmHWM") - before
+for cls in (GPT2DoubleHeadsModel, legacy.GPT2DoubleHeadsModel):
+    cls.from_pretrained(sys.argv[1])
+print(json.dumps({"loaded": loaded, "used": used, "parameters": model.num_parameters(),
+                  "modules": list(sys.modules)}))
 """
 
 
