@@ -88,7 +88,8 @@ def from_pretrained(
             or a pytorch-pretrained-BERT archive, or a repository of the Hub such as "gpt2". A
             folder is searched for ``model.safetensors``, its sharded form, ``pytorch_model.bin``
             and its sharded form, in this order. None where ``config`` and ``state_dict`` are given.
-        config: instead of the checkpoint's: a GPT2Config, its fields, or the path of a JSON file.
+        config: instead of the checkpoint's: a GPT2Config (transformers' will do), its fields, or
+            the path of a JSON file.
         dtype: a floating dtype or its name. None or "auto": the one that the configuration
             states, else that of the first tensor, as in transformers. ``torch_dtype`` is its old
             name.
@@ -186,25 +187,18 @@ def save_pretrained(
         file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _build_config(
-    config: GPT2Config | Mapping[str, Any] | str | os.PathLike[str] | None,
-    source: Source | None,
-    overrides: Mapping[str, Any],
-) -> GPT2Config:
-    cls, origin = GPT2Config, "config"
-    if isinstance(config, GPT2Config):
-        cls, fields = type(config), config.to_dict()
+def _build_config(config: Any, source: Source | None, overrides: Mapping[str, Any]) -> GPT2Config:
+    """The configuration given, in any of its forms, or else the source's, with the overrides."""
+    if config is None and source is not None and (config := source.get(CONFIG_FILE)) is None:
+        raise source.missing(CONFIG_FILE)
+    cls = type(config) if isinstance(config, GPT2Config) else GPT2Config
+    origin = "config"
+    if hasattr(config, "to_dict"):  # transformers' too
+        fields = config.to_dict()
     elif isinstance(config, Mapping):
         fields = dict(config)
     else:
-        if config is not None:
-            path = Path(config)
-        elif source is None or (found := source.get(CONFIG_FILE)) is None:
-            assert source is not None
-            raise source.missing(CONFIG_FILE)
-        else:
-            path = found
-        fields, origin = read_json(path), str(path)
+        fields, origin = read_json(Path(config)), str(config)
     # A field must not take the place of a method.
     if taken := {key for key in fields if key != "model_type" and hasattr(cls, key)}:
         raise CheckpointError(f"{origin}: {sorted(taken)[0]!r} is not a field of a configuration")

@@ -298,6 +298,12 @@ def test_config_in_every_form(lm, config, saved, tmp_path):
         assert_same(GPT2LMHeadModel.from_pretrained(saved, config=given), lm)
 
 
+def test_config_of_transformers(lm, config, saved):
+    transformers = pytest.importorskip("transformers")
+    given = transformers.GPT2Config(**config.to_dict())
+    assert_same(GPT2LMHeadModel.from_pretrained(saved, config=given), lm)
+
+
 def test_config_overrides(config, saved):
     model = GPT2LMHeadModel.from_pretrained(saved, embd_pdrop=0.5, output_hidden_states=True)
     assert model.config.embd_pdrop == 0.5
