@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2fast.tokenizer import files
+from gpt2fast.tokenizer.batch import check_side
 from gpt2fast.tokenizer.codec import Codec, gpt2_codec, token_bytes
 from gpt2fast.tokenizer.special import SpecialToken, SpecialTokenId
 from gpt2fast.tokenizer.vocab import END_OF_TEXT, byte_alphabet
@@ -20,13 +21,6 @@ PRESETS = frozenset(
     for short in ("distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
     for name in (short, f"{_OWNERS[short.partition('-')[0]]}/{short}")
 ) | {"bundled"}
-
-
-def check_side(name: str, side: str) -> str:
-    """``side`` if it is "left" or "right"; else a ValueError."""
-    if side not in ("left", "right"):
-        raise ValueError(f"{name} must be 'left' or 'right', found {side!r}")
-    return side
 
 
 def id_list(ids: Any) -> list[Any]:
@@ -83,8 +77,7 @@ class TokenizerBase:
         if saved is not None:
             self._check_added(saved.added)
             self._added.update(saved.added)
-            self._special.update(saved.special)
-        for token in self._roles.values():
+        for token in (*self._roles.values(), *(sorted(saved.special) if saved else ())):
             self._add(token, special=True)
         if saved is not None and saved.legacy_special:
             self.set_special_tokens(saved.legacy_special)
@@ -99,7 +92,10 @@ class TokenizerBase:
         return Codec(saved.encoder, saved.merges, unk_id)
 
     def _check_added(self, added: Mapping[str, int]) -> None:
+        owners: dict[int, str] = {}
         for token, i in added.items():
+            if owners.setdefault(i, token) != token:
+                raise ValueError(f"{owners[i]!r} and {token!r}, both added, have the same id {i}")
             known = self._codec.encoder.get(token, self._codec.decoder.get(i, token))
             if known not in (token, i):
                 raise ValueError(
@@ -253,15 +249,17 @@ class TokenizerBase:
         """Make ``special_tokens`` the special tokens after the vocabulary's own.
 
         They are numbered from ``len(encoder)`` in their order, and replace those set before.
+
+        Raises:
+            ValueError: one is in the vocabulary, or an added token has such an id already.
         """
-        for token in self._set_by_user:
-            del self._added[token]
-            self._special.discard(token)
         first = len(self._codec.encoder)
-        self._set_by_user = {token: first + n for n, token in enumerate(special_tokens or ())}
-        self._check_added(self._set_by_user)
-        self._added.update(self._set_by_user)
-        self._special.update(self._set_by_user)
+        chosen = {token: first + n for n, token in enumerate(special_tokens or ())}
+        others = {t: i for t, i in self._added.items() if t not in self._set_by_user}
+        self._check_added({**others, **chosen})
+        self._added = {**others, **chosen}
+        self._special = self._special - self._set_by_user.keys() | chosen.keys()
+        self._set_by_user = chosen
         self._make_table()
 
     def add_tokens(self, new_tokens: str | Iterable[str], special_tokens: bool = False) -> int:

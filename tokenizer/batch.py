@@ -26,6 +26,13 @@ class BatchEncoding(dict[str, Any]):
         return self
 
 
+def check_side(name: str, side: str) -> str:
+    """``side`` if it is "left" or "right"; else a ValueError."""
+    if side not in ("left", "right"):
+        raise ValueError(f"{name} must be 'left' or 'right', found {side!r}")
+    return side
+
+
 def truncate(values: list[Any], max_length: int, side: str) -> list[Any]:
     """The first ``max_length`` of ``values``, or the last where ``side`` is ``"left"``."""
     if len(values) <= max_length:

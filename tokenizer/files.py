@@ -160,17 +160,22 @@ def _add_token(saved: SavedTokenizer, token: dict[str, Any], i: Any, path: Path)
         saved.special.add(content)
 
 
+def _content(token: Any) -> Any:
+    """A token, which may be written with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _apply_settings(saved: SavedTokenizer, config: Any, path: Path) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected an object, found {config!r:.80}")
     if config.get("add_bos_token"):
         raise ValueError(f"{path}: add_bos_token is not supported")
     for name in (*ROLES, *_SETTINGS):
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
+        value = _content(config.get(name))
         if value is not None:
             saved.settings[name] = value
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        saved.special.update(map(_content, config.get(name) or ()))
     for i, token in config.get("added_tokens_decoder", {}).items():
         _add_token(saved, token, int(i), path)
 

@@ -8,8 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from gpt2fast.tokenizer.base import NO_LIMIT, TokenizerBase, check_side, id_list
-from gpt2fast.tokenizer.batch import PADDED, BatchEncoding, pad_rows, to_tensors, truncate
+from gpt2fast.tokenizer.base import NO_LIMIT, TokenizerBase, id_list
+from gpt2fast.tokenizer.batch import (
+    PADDED,
+    BatchEncoding,
+    check_side,
+    pad_rows,
+    to_tensors,
+    truncate,
+)
 from gpt2fast.tokenizer.codec import PACKED
 from gpt2fast.tokenizer.offsets import Span, encode_with_offsets
 from gpt2fast.tokenizer.special import choose, find_first, split_at

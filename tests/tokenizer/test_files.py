@@ -80,12 +80,14 @@ def test_ours_reads_theirs(tokenizer: GPT2Tokenizer, tmp_path: Path) -> None:
 def test_files_of_transformers_4(extended: GPT2Tokenizer, tmp_path: Path) -> None:
     extended.save_vocabulary(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<pad>": 50257, "<b>": 50258}')
-    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": {"content": "<pad>"}}')
+    special = {"pad_token": {"content": "<pad>"}, "additional_special_tokens": ["<more>"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     config = {"added_tokens_decoder": {"50259": {"content": "<cls>", "special": True}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours = GPT2Tokenizer.from_pretrained(tmp_path)
     assert ours(TEXT).input_ids == extended(TEXT).input_ids
     assert ours.pad_token_id == 50257
+    assert ours.all_special_tokens == ["<|endoftext|>", "<pad>", "<cls>", "<more>"]
 
 
 def test_a_small_vocabulary_of_ones_own(tmp_path: Path) -> None:
@@ -177,6 +179,8 @@ TOKENIZER_JSON_TROUBLE = [
     ("added_tokens", [{"id": -7, "content": "<m>"}], "-7"),
     ("added_tokens", [{"id": 5, "content": "<m>"}], "clashes"),
     ("added_tokens", [{"id": 5, "content": ""}], "''"),
+    ("added_tokens", [{"id": 60000, "content": c} for c in "<>"], "clashes"),
+    ("added_tokens", [{"id": 60000, "content": c * 5} for c in "<>"], "same id 60000"),
     ("added_tokens", ["x"], "form"),
 ]
 

@@ -147,8 +147,15 @@ def test_set_special_tokens_replaces_those_set_before() -> None:
     assert tokenizer.special_tokens == {"<c>": 50257}
     assert tokenizer.decode([50257]) == "<c>"
     assert len(tokenizer) == 50258
+    for tokens, message in [(["<d>", "<|endoftext|>"], "clashes"), (["a"], "clashes")]:
+        with pytest.raises(ValueError, match=message):
+            tokenizer.set_special_tokens(tokens)
+        assert tokenizer.special_tokens == {"<c>": 50257}
     tokenizer.set_special_tokens(None)
     assert len(tokenizer) == 50257
+    tokenizer.add_tokens(["<d>"])
+    with pytest.raises(ValueError, match="same id 50257"):
+        tokenizer.set_special_tokens(["<a>"])
 
 
 def test_pickled_as_a_whole(samples: str) -> None:
