@@ -171,6 +171,8 @@ class KVCache(Sequence[Tensor]):
         Args:
             rows: ``[new batch]``, int64.
         """
+        if torch.is_grad_enabled() and any(layer.requires_grad for layer in self):
+            return KVCache([layer.index_select(1, rows) for layer in self])
         layers = []
         for layer in self:
             size = (2, len(rows), layer.shape[2], self.capacity, layer.shape[4])

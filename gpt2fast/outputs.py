@@ -21,10 +21,11 @@ class DeferredLogits(NamedTuple):
     hidden: Tensor
     weight: Tensor
     version: int | None
+    grad: bool
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor) -> "DeferredLogits":
-        return cls(hidden, weight, _version(weight))
+        return cls(hidden, weight, _version(weight), torch.is_grad_enabled())
 
     def compute(self) -> Tensor:
         """The logits ``[..., T, V]``.
@@ -37,7 +38,9 @@ class DeferredLogits(NamedTuple):
                 "the logits were not read before the head's weight changed (an optimizer step?); "
                 "read output.logits before it"
             )
-        return F.linear(self.hidden.to(self.weight.dtype), self.weight)
+        # As in the forward pass, whoever reads them: logging under no_grad must not cost the graph.
+        with torch.set_grad_enabled(self.grad):
+            return F.linear(self.hidden.to(self.weight.dtype), self.weight)
 
 
 def _version(weight: Tensor) -> int | None:

@@ -82,7 +82,7 @@ def test_extra_fields_are_kept() -> None:
     assert config.n_ctx == 1024
     assert config.architectures == ["GPT2LMHeadModel"]
     assert extra.items() <= config.to_dict().items()
-    with pytest.raises(AttributeError, match="^GPT2Config has no field 'absent'$"):
+    with pytest.raises(AttributeError, match=r"^GPT2Config has no field 'absent'$"):
         _ = config.absent
 
 

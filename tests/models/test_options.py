@@ -201,7 +201,7 @@ class TestCheckpointing:
                 assert_forward(mine, theirs)
 
     def test_reentrant_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="^gradient_checkpointing_kwargs: only use_reentrant"):
+        with pytest.raises(ValueError, match=r"^gradient_checkpointing_kwargs: only use_reentrant"):
             pair()[0].gradient_checkpointing_enable({"use_reentrant": True})
 
 
