@@ -204,7 +204,7 @@ def _build_model(args: argparse.Namespace) -> "GPT2LMHeadModel":
     if args.init_from:
         if args.preset or sizes:
             raise ValueError("--init-from brings its own sizes: leave out --preset and --n-...")
-        return GPT2LMHeadModel.from_pretrained(args.init_from, **dropout)
+        return GPT2LMHeadModel.from_pretrained(args.init_from, dtype="float32", **dropout)
     if args.preset is not None:
         if args.preset not in PRESETS:
             raise ValueError(f"--preset is one of {', '.join(PRESETS)}, got {args.preset!r}")

@@ -196,13 +196,13 @@ class Trainer:
                     f"cannot resume: {name} was {theirs}, now it is {list(tensor.shape)}"
                 )
         self.model.load_state_dict(state["model"])
+        # The optimizer's settings may have changed: keep ours, where loading would bring theirs.
         groups = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, ours in zip(self.optimizer.param_groups, groups, strict=True):
-            # Settings may be changed on resuming; the loaded groups hold the old ones.
             group.update(betas=ours["betas"], weight_decay=ours["weight_decay"])
         torch.set_rng_state(state["rng"])
-        if self.model.device.type == "cuda":
+        if self.model.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.model.device)
         self.step, self.cursor, self.elapsed = state["step"], state["cursor"], state["elapsed"]
         self._drop_log_after(self.step)
@@ -260,7 +260,7 @@ class Trainer:
         return 0
 
     def evaluate(self, row_tokens: int, max_tokens: int | None = None) -> float:
-        """Validation loss in nats a token, over the whole vocabulary.
+        """Validation loss in nats a token, over the whole vocabulary, in the weights' dtype.
 
         Windows of ``row_tokens`` that share one token with the next, so that every token but the
         first is predicted once; with ``max_tokens``, that many tokens' worth of windows, evenly
@@ -274,7 +274,7 @@ class Trainer:
         was_training = self.model.training
         self.model.eval()
         total, predicted = 0.0, 0
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad():
             for start in starts:
                 ids = torch.from_numpy(self.valid[start : start + row_tokens].astype(np.int64))
                 ids = ids[None].to(self.model.device)

@@ -34,14 +34,11 @@ def _tokens(length=4000, seed=0):
     return np.array(tokens, dtype=np.uint16)
 
 
-def _trainer(folder, settings=SETTINGS, **options):
+def _trainer(folder, settings=SETTINGS, dropout=0.1, **options):
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2,
-            resid_pdrop=0.1, embd_pdrop=0.0, attn_pdrop=0.0,
-        )
-    )  # fmt: skip
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    pdrop = {"resid_pdrop": dropout, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **pdrop))
     folder.mkdir(exist_ok=True)
     options = {"log_every": 10, "valid_every": 20, "save_every": 7, **options}
     return Trainer(model, _tokens(), _tokens(500, 1), folder, settings, data_id="chain", **options)
@@ -85,18 +82,15 @@ def test_validation_predicts_every_token_but_the_first_once(tmp_path):
 
 
 def test_accumulation_changes_nothing_but_the_memory(tmp_path):
-    settings = replace(SETTINGS, steps=3, sampled_head=0)
-    weights = []
+    settings = replace(SETTINGS, sampled_head=0, clip=1e9)
+    losses, gradients = [], []
     for parts in (1, 4):
-        trainer = _trainer(tmp_path / str(parts), replace(settings, accumulate=parts))
-        for module in trainer.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        trainer.model.config.resid_pdrop = 0.0
-        trainer.run()
-        weights.append(_weights(trainer))
-    for name, expected in weights[0].items():
-        torch.testing.assert_close(weights[1][name], expected, rtol=1e-4, atol=1e-5)
+        trainer = _trainer(tmp_path, replace(settings, accumulate=parts), dropout=0.0)
+        losses.append(trainer._train_step(0.5))
+        gradients.append({name: p.grad for name, p in trainer.model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
@@ -172,16 +166,20 @@ def test_time_used_survives_a_resume(tmp_path):
     assert (resumed.step, resumed.elapsed) == (0, 3600.0)
 
 
-def test_nan_stops_before_it_reaches_the_weights(tmp_path):
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_before_it_reaches_the_weights(tmp_path, where):
     trainer = _trainer(tmp_path)
-    take_step = trainer._loss
+    compute_loss = trainer._loss
 
-    def loss(rows, sample):
-        value = take_step(rows, sample)
+    def poison(value):
         return value * float("nan") if trainer.step == 20 else value
 
-    trainer._loss = loss
-    with pytest.raises(TrainingError, match=r"step 21: the loss is nan.*learning rate"):
+    if where == "loss":
+        trainer._loss = lambda rows, sample: poison(compute_loss(rows, sample))
+    else:
+        trainer.model.transformer.wpe.weight.register_hook(poison)
+    shown = "the loss is nan" if where == "loss" else "the gradient's norm nan"
+    with pytest.raises(TrainingError, match=f"step 21: .*{shown}.*learning rate"):
         trainer.run()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert load_newest_checkpoint(tmp_path / "checkpoints")["step"] == 14
