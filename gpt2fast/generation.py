@@ -12,7 +12,7 @@ from gpt2fast.generation_options import GenerationOptions
 from gpt2fast.outputs import ModelOutput
 from gpt2fast.sampling import RandomRows, check_scores, row_streams, sample
 from gpt2fast.stopping import FINISH_REASONS, LENGTH, RUNNING
-from gpt2fast.tokenizer import StreamDecoder
+from gpt2fast.tokenizer import GPT2Tokenizer, StreamDecoder
 
 if TYPE_CHECKING:
     from gpt2fast.decoding import LanguageModel
@@ -250,6 +250,12 @@ class GenerationMixin:
         request = _prepare(model, input_ids, inputs, attention_mask, past_key_values, options)
         if request.options.num_beams > 1:
             raise ValueError("a beam search cannot be streamed: its tokens are known at the end")
+        tokenizer = request.options.tokenizer
+        if tokenizer is not None and not isinstance(tokenizer, GPT2Tokenizer):
+            raise ValueError(
+                "the text of a stream needs a gpt2fast.tokenizer.GPT2Tokenizer; "
+                f"got {type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+            )
         return _stream(Decoding(Decoder(model, request), request), request)
 
 

@@ -174,3 +174,9 @@ def test_prompt_is_missing_and_no_begin_token(model: GPT2LMHeadModel) -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         model.generate()
+
+
+def test_text_of_a_stream_needs_our_tokenizer(model: GPT2LMHeadModel) -> None:
+    message = "the text of a stream needs a gpt2fast.tokenizer.GPT2Tokenizer; got builtins.object"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model.stream(IDS, tokenizer=object())

@@ -90,9 +90,10 @@ def test_several_sequences_of_a_prompt_stand_together(
 
 def test_holes_in_the_mask(model: GPT2LMHeadModel) -> None:
     """Masked tokens inside a prompt are skipped: positions, attention and sliding."""
-    ids = torch.randint(8, 97, (1, 8))
-    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1]])
-    for keywords in ({"max_new_tokens": 20}, {"max_new_tokens": 90, "context_policy": "slide"}):
-        expected = model.generate(ids[mask.bool()], eos_token_id=[], **keywords)[:, 5:]
-        tokens = model.generate(ids, attention_mask=mask, eos_token_id=[], **keywords)[:, 8:]
+    ids = torch.randint(8, 97, (1, 50))
+    mask = torch.ones_like(ids)
+    mask[0, [0, 3, 4, 40, 41, 45]] = 0
+    for keywords in ({"max_new_tokens": 4}, {"max_new_tokens": 60, "context_policy": "slide"}):
+        expected = model.generate(ids[mask.bool()], eos_token_id=[], **keywords)[:, 44:]
+        tokens = model.generate(ids, attention_mask=mask, eos_token_id=[], **keywords)[:, 50:]
         assert tokens.tolist() == expected.tolist()

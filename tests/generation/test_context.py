@@ -1,6 +1,7 @@
 """What happens at the end of the context: 48 positions here."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -77,13 +78,16 @@ def test_slide_keeps_the_last_half(model: GPT2LMHeadModel) -> None:
     assert output.past_key_values is None
 
 
-def test_slide_in_a_context_of_one(make_pair) -> None:
+def test_slide_in_a_context_of_one(make_pair: Any) -> None:
     """The smallest context: each token is predicted from the last one alone."""
     model, _ = make_pair(n_positions=1)
+    widths = []
+    model.transformer.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
     tokens = model.generate([[9]], max_new_tokens=6, eos_token_id=[], context_policy="slide")[0]
     with torch.no_grad():
         expected = model(tokens[:-1, None]).logits[:, -1].argmax(-1)
     assert tokens[1:].tolist() == expected.tolist()
+    assert set(widths) == {1}
 
 
 def test_beams_slide(model: GPT2LMHeadModel) -> None:
