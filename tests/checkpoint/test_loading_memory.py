@@ -30,7 +30,7 @@ for parameter in model.parameters():
     parameter.sum()
 used = status("VmHWM") - before
 for cls in (GPT2DoubleHeadsModel, legacy.GPT2DoubleHeadsModel):
-    cls.from_pretrained(sys.argv[1])
+    cls.from_pretrained(sys.argv[2])
 print(json.dumps({"loaded": loaded, "used": used, "parameters": model.num_parameters(),
                   "modules": list(sys.modules)}))
 """
@@ -38,7 +38,7 @@ print(json.dumps({"loaded": loaded, "used": used, "parameters": model.num_parame
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_peak_memory_and_imports(tmp_path, file):
+def test_peak_memory_and_imports(tmp_path, saved, file):
     config = GPT2Config()
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
@@ -54,7 +54,7 @@ def test_peak_memory_and_imports(tmp_path, file):
         torch.save(model.state_dict(), tmp_path / "full" / file)
     del model
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "full")],
+        [sys.executable, "-c", MEASURE, str(tmp_path / "full"), str(saved)],
         capture_output=True,
         text=True,
         check=True,
