@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpt2fast import GPT2LMHeadModel, __version__
 from gpt2fast.cli import main
+from gpt2fast.training.trainer import Trainer
 
 COMMAND = [sys.executable, "-m", "gpt2fast"]
 
@@ -67,9 +69,7 @@ def test_an_interrupt_ends_it_with_what_was_printed(tiny: Path) -> None:
     assert b"Traceback" not in err
 
 
-def test_train_then_generate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_then_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the dog sat on the log\n" * 40)
     folder = tmp_path / "model"
@@ -80,6 +80,19 @@ def test_train_then_generate(
     capsys.readouterr()
     assert main(["generate", "the cat", "--model", str(folder), "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("the cat")
+
+
+def test_fine_tuning_a_float16_checkpoint_keeps_float32_weights(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GPT2LMHeadModel.from_pretrained(tiny, dtype="float16").save_pretrained(tmp_path / "half")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat\n" * 40)
+    seen = []
+    monkeypatch.setattr(Trainer, "run", lambda self: seen.append(self.model.dtype) or signal.SIGINT)
+    words = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out"), "--steps", "1"]
+    words += ["--init-from", str(tmp_path / "half"), "--row-tokens", "32", "--batch-tokens", "32"]
+    assert main(["train", *words, "--cache-dir", str(tmp_path / "cache")]) == 130
+    assert seen == [torch.float32]
 
 
 def test_train_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
