@@ -23,7 +23,7 @@ _EXPORTS = {
     "GPT2LMHeadModel": "gpt2fast.model",
     "GPT2DoubleHeadsModel": "gpt2fast.model",
     "KVCache": "gpt2fast.cache",
-    "CheckpointError": "gpt2fast.weights",
+    "CheckpointError": "gpt2fast.checkpoint.weights",
     "GPT2Tokenizer": "gpt2fast.tokenizer",
 }
 
@@ -31,12 +31,12 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from gpt2fast.cache import KVCache as KVCache
+    from gpt2fast.checkpoint.weights import CheckpointError as CheckpointError
     from gpt2fast.config import GPT2Config as GPT2Config
     from gpt2fast.model import GPT2DoubleHeadsModel as GPT2DoubleHeadsModel
     from gpt2fast.model import GPT2LMHeadModel as GPT2LMHeadModel
     from gpt2fast.tokenizer import GPT2Tokenizer as GPT2Tokenizer
     from gpt2fast.transformer import GPT2Model as GPT2Model
-    from gpt2fast.weights import CheckpointError as CheckpointError
 
 
 def __getattr__(name: str) -> Any:

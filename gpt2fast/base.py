@@ -114,7 +114,7 @@ class PreTrainedModel(nn.Module):
         Entries are renamed to this model's names, old mask buffers are ignored, and a tied head
         may be absent.
         """
-        from gpt2fast.names import merge_tied, rename_for
+        from gpt2fast.checkpoint.names import merge_tied, rename_for
 
         renamed = rename_for(self, state_dict)
         for second, first in merge_tied(self, renamed).items():

@@ -125,7 +125,7 @@ def _why(devices: list[dict[str, Any]]) -> str:
 
 
 def _bundled() -> str | None:
-    from gpt2fast.sources import BUNDLED_FOLDER
+    from gpt2fast.checkpoint.sources import BUNDLED_FOLDER
 
     return str(BUNDLED_FOLDER) if _is_gpt2(BUNDLED_FOLDER) else None
 
@@ -143,7 +143,7 @@ def _cached() -> dict[str, str]:
 
 
 def _is_gpt2(folder: Path) -> bool:
-    from gpt2fast.weights import CONFIG_FILE, WEIGHT_FILES
+    from gpt2fast.checkpoint.weights import CONFIG_FILE, WEIGHT_FILES
 
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -91,9 +91,6 @@ class GPT2PreTrainedModel(PreTrainedModel):
             cache_dir=cache_dir,
             **kwargs,
         )
-        for parameter in model.parameters():
-            # Programs of that time save over the file that they loaded: it must not stay mapped.
-            parameter.data = parameter.data.clone()
         if num_special_tokens is not None:
             model.set_num_special_tokens(num_special_tokens, model.config.predict_special_tokens)
         return model.train()

@@ -7,7 +7,7 @@ import torch
 
 from gpt2fast import GPT2Config, GPT2DoubleHeadsModel, GPT2LMHeadModel, GPT2Model
 from gpt2fast.checkpoint import CheckpointError
-from gpt2fast.names import canonical_name
+from gpt2fast.checkpoint.names import canonical_name
 
 MODELS = [GPT2Model, GPT2LMHeadModel, GPT2DoubleHeadsModel]
 HEADS = ("lm_head.", "multiple_choice_head.")

@@ -112,7 +112,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(lm, saved, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("gpt2fast.weights.save_file", fail)
+    monkeypatch.setattr("gpt2fast.checkpoint.weights.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         lm.save_pretrained(saved)
     assert (saved / "model.safetensors").read_bytes() == before
@@ -144,6 +144,16 @@ def test_training_a_mapped_model_does_not_reach_the_file(lm, saved, save_pickle,
     name = "transformer.h.0.attn.c_attn.weight"
     assert not torch.equal(model.get_parameter(name), lm.get_parameter(name))
     assert (folder / file).read_bytes() == before
+
+
+def test_saving_over_the_pytorch_file_it_came_from(lm, save_pickle):
+    """`torch.save` truncates the file first: a model that mapped it would die of that."""
+    path = save_pickle(lm.state_dict()) / "pytorch_model.bin"
+    model = GPT2LMHeadModel.from_pretrained(path.parent)
+    path.write_bytes(b"")
+    assert_same(model, lm)
+    torch.save(model.state_dict(), path)
+    assert_same(GPT2LMHeadModel.from_pretrained(path.parent), lm)
 
 
 def test_order_of_formats(lm, config, tmp_path):

@@ -455,7 +455,7 @@ def test_no_server_and_nothing_cached(monkeypatch, tmp_path):
         calls.append((name, options["local_files_only"]))
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr("gpt2fast.hub.hf_hub_download", unreachable)
+    monkeypatch.setattr("gpt2fast.checkpoint.hub.hf_hub_download", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(FileNotFoundError, match=r"cannot be reached; the model 'bundled' comes"):
         GPT2LMHeadModel.from_pretrained("some/other", cache_dir=tmp_path)

@@ -62,8 +62,9 @@ def test_peak_memory_and_imports(tmp_path, saved, file):
     )
     measured = json.loads(run.stdout)
     assert measured["parameters"] == PARAMETERS
-    # Nothing is copied: not even the embedding, a third of the file, is read before its first use.
-    assert measured["loaded"] < 0.2 * 4 * PARAMETERS
+    if file == "model.safetensors":
+        # Mapped: not even the embedding, a third of the file, is read before its first use.
+        assert measured["loaded"] < 0.2 * 4 * PARAMETERS
     assert measured["used"] < 1.2 * 4 * PARAMETERS
     # Each of these would cost more time than the loading itself.
     assert not {"huggingface_hub", "sympy", "torch._dynamo", "transformers"} & {

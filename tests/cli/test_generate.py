@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2fast import GPT2LMHeadModel, GPT2Tokenizer, sources
+from gpt2fast import GPT2LMHeadModel, GPT2Tokenizer
+from gpt2fast.checkpoint import sources
 from gpt2fast.cli import main
 
 Run = Callable[..., tuple[int, str, str]]

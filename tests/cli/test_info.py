@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2fast import __version__, info, kernels, sources
+from gpt2fast import __version__, info, kernels
+from gpt2fast.checkpoint import sources
 from gpt2fast.cli import main
 
 

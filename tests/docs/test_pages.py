@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast import sources
+from gpt2fast.checkpoint import sources
 from gpt2fast.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
