@@ -93,15 +93,16 @@ class _HeadModel(GenerationMixin, PreTrainedModel):
         targets = (labels[..., 1:] if shift else labels).reshape(-1)
         reduction = "mean" if num_items_in_batch is None else "sum"
         head = self.lm_head
+        logits: Tensor | DeferredLogits
         if is_plain(head, nn.Linear) and head.bias is None:
             rows = kept.reshape(-1, hidden.shape[-1])
             loss = kernels.lm_head_loss(rows, head.weight, targets, reduction=reduction)
-            logits: Tensor | DeferredLogits = DeferredLogits.of(hidden, head.weight)
+            logits = DeferredLogits.of(hidden, head.weight)
         else:
-            logits = head(hidden)
-            rows = (logits[..., :-1, :] if shift else logits).flatten(0, -2).float()
+            logits = scores = head(hidden)
+            rows = (scores[..., :-1, :] if shift else scores).flatten(0, -2).float()
             check_range("labels", targets[targets != -100], rows.shape[1])
-            loss = F.cross_entropy(rows, targets, ignore_index=-100, reduction=reduction)
+            loss = F.cross_entropy(rows, targets.long(), ignore_index=-100, reduction=reduction)
         if num_items_in_batch is not None:
             loss = loss / num_items_in_batch
         return logits, loss

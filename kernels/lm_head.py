@@ -102,13 +102,12 @@ class _LMHeadLoss(torch.autograd.Function):
                 logits = hidden[rows] @ weight.t()
                 probabilities = torch.softmax(logits, -1, dtype=torch.float32)
                 gradients.add(rows, probabilities, labels[rows], factor[rows])
-            grads = gradients.result()
+            grads, scale = gradients.result(), None
         else:
-            *sums, mean = ctx.saved_tensors
+            *grads, mean = ctx.saved_tensors
             scale = upstream if mean is None else upstream * mean
-            grads = tuple(None if grad is None else grad * scale for grad in sums)
         typed = (
-            None if grad is None else grad.to(dtype)
+            None if grad is None else (grad if scale is None else grad * scale).to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
         return *typed, None, None, None, None, None, None
