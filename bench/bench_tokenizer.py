@@ -38,6 +38,7 @@ from gpt2fast.tokenizer.pattern import GPT2_PATTERN
 
 SIZE = 10_000_000  # bytes
 ROUNDS = 5
+BATCH_COPIES = 4  # of the text, so that starting processes may pay
 RESULTS = Path(__file__).parent / "results" / "cpu" / "tokenizer.json"
 
 Functions = dict[str, Callable[[], Any]]
@@ -173,12 +174,14 @@ def test_ratios(implementations: dict[str, Any], text: str) -> None:
     ours = implementations["ours"]
     encode = _interleaved(_encoders(implementations, text), time.process_time)
     decode = _interleaved(_decoders(implementations, ours.encode(text)), time.process_time)
-    lines = text.splitlines(keepends=True)
+    lines = text.splitlines(keepends=True) * BATCH_COPIES
     batch = _interleaved(
         {
             "ours": lambda: ours.encode_batch(lines),
             "ours, one process": lambda: ours.encode_batch(lines, num_workers=1),
-            "tiktoken": lambda: implementations["tiktoken"].encode_ordinary_batch(lines),
+            "tiktoken": lambda: implementations["tiktoken"].encode_ordinary_batch(
+                lines, num_threads=available_cores()
+            ),
         },
         time.perf_counter,
     )
@@ -191,6 +194,7 @@ def test_ratios(implementations: dict[str, Any], text: str) -> None:
         "commit": _commit(),
         "processor": _processor(),
         "cores": available_cores(),
+        "load_average": os.getloadavg(),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("gpt2fast", "tiktoken", "tokenizers")},
@@ -205,7 +209,7 @@ def test_ratios(implementations: dict[str, Any], text: str) -> None:
         "clock": {"encode, decode": "processor time", "encode_batch": "wall clock"},
         "encode": _rows(encode, size),
         "decode": _rows(decode, size),
-        f"encode_batch of {len(lines)} texts": _rows(batch, size),
+        f"encode_batch of {len(lines)} texts": _rows(batch, size * BATCH_COPIES),
         "one word of a million letters, s": round(word, 3),
     }
     written = json.dumps(record, indent=2, ensure_ascii=False)

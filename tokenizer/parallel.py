@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 _LOG = logging.getLogger(__name__)
 
-# Characters a worker must have to do before it is worth starting one: it takes about 0.3 s.
-MIN_WORK = 4_000_000
+# Characters each process must have before more than one pays: until a new one has started, read the
+# vocabulary and learnt the common words, a warm one encodes about this much.
+MIN_WORK = 16_000_000
 
 Encode = Callable[[str], "array[int]"]
 

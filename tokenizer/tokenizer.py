@@ -25,18 +25,7 @@ _NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # what "surrogateescape" makes of 
 
 Special = str | Iterable[str]  # "all", or a set of tokens
 
-_CLEAN_UP = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
+_SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class GPT2Tokenizer(TokenizerBase):
@@ -172,7 +161,7 @@ class GPT2Tokenizer(TokenizerBase):
         Args:
             texts: strings.
             num_workers: processes to use, this one included; by default as many as there are cores
-                this process may use, but no more than have 4 million characters each.
+                this process may use, but no more than have 16 million characters each.
         """
         from gpt2fast.tokenizer.parallel import MIN_WORK, available_cores, encode_parallel
 
@@ -392,8 +381,8 @@ class GPT2Tokenizer(TokenizerBase):
     @staticmethod
     def clean_up_tokenization(text: str) -> str:
         """``text`` without the spaces that some corpora have before punctuation."""
-        for before, after in _CLEAN_UP:
-            text = text.replace(before, after)
+        for spaced in _SPACED:
+            text = text.replace(spaced, spaced.strip())
         return text
 
 
