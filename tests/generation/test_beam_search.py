@@ -11,7 +11,7 @@ from gpt2fast import GPT2LMHeadModel
 
 Pair = tuple[GPT2LMHeadModel, Any]
 ENDS = list(range(20, 26))
-MANY_ENDS = list(range(8, 40))
+MOST = list(range(8, 92))  # more ends than beams among the best candidates
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ MANY_ENDS = list(range(8, 40))
     ],
     ids=str,
 )
-@pytest.mark.parametrize("ends", [[7], [20, 21, 22], MANY_ENDS], ids=["one", "three", "many"])
+@pytest.mark.parametrize("ends", [[7], [20, 21, 22], MOST], ids=["one", "three", "most"])
 def test_same_beams(
     pair: Pair, padded: tuple[Tensor, Tensor], keywords: dict[str, Any], ends: list[int]
 ) -> None:
@@ -125,3 +125,25 @@ def test_each_prompt_as_alone(
         assert (together.sequences[rows, 9 + new.shape[1] :] == 0).all()
         torch.testing.assert_close(together.sequences_scores[rows], alone.sequences_scores)
         assert together.finish_reasons[rows] == alone.finish_reasons
+
+
+def test_never_stopping_early_finds_what_stopping_misses(pair: Pair) -> None:
+    """With long text favoured, ended hypotheses are beaten only much later."""
+    ours, reference = pair
+    keywords: dict[str, Any] = {
+        "num_beams": 3,
+        "max_new_tokens": 30,
+        "eos_token_id": list(range(8, 60)),
+        "length_penalty": 3.0,
+        "pad_token_id": 1,
+    }
+    differing = 0
+    for ids in torch.randint(8, 97, (6, 1, 4)):
+        tokens = ours.generate(ids, early_stopping="never", **keywords)
+        expected = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), early_stopping="never", **keywords
+        )
+        assert tokens.tolist() == expected.tolist()
+        early = ours.generate(ids, early_stopping=False, **keywords)
+        differing += early.tolist() != tokens.tolist()
+    assert differing

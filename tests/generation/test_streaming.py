@@ -187,8 +187,8 @@ def test_half_a_character_at_the_end(speaker: GPT2LMHeadModel, tokenizer: GPT2To
     [
         ("wor", "Hello world"),  # completed within a token
         (["nothing", "ld, he"], "Hello world, hello"),  # over three tokens
-        ("é", "Hello world, hello café"),  # over the bytes of a character
-        ("never", "Hello world, hello café, and more"),
+        ("京", "Hello world, hello 東京"),  # within a character
+        ("never", "Hello world, hello 東京, and more"),
         ("two Hello", "Hello"),  # begun in the prompt
     ],
 )
@@ -196,7 +196,7 @@ def test_half_a_character_at_the_end(speaker: GPT2LMHeadModel, tokenizer: GPT2To
 def test_stop_strings(
     speaker: GPT2LMHeadModel, tokenizer: GPT2Tokenizer, stops: Any, kept: str, ours: bool
 ) -> None:
-    text = " Hello world, hello café, and more"
+    text = " Hello world, hello 東京, and more"
     prompt = tokenizer.encode("One two")
     script = Script(tokenizer, len(prompt), text, " and another line.")
 
