@@ -48,7 +48,7 @@ def report(facts: dict[str, Any]) -> str:
         f"gpt2fast {facts['gpt2fast']}, Python {facts['python']}, {facts['platform']}",
         packages,
         f"CPU: {cpu['capability']}, {cpu['cores']} cores, "
-        f"{cpu['threads']} threads ({cpu['threads_why']})",
+        f"threads: {cpu['threads']} ({cpu['threads_why']})",
         *(
             f"GPU {i}: {gpu['name']}, compute capability {gpu['capability']}, "
             f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
