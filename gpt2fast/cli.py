@@ -179,7 +179,7 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args.prompt, args.file)
     import torch
 
-    from gpt2fast.generation_options import GenerationOptions
+    from gpt2fast.generation.options import GenerationOptions
     from gpt2fast.model import GPT2LMHeadModel
 
     device = _device(args.device)
@@ -206,11 +206,13 @@ def _generate(args: argparse.Namespace) -> int:
         raise UsageError(error) from error
     model = GPT2LMHeadModel.from_pretrained(args.model, dtype=args.dtype, device=device)
     ids = tokenizer.encode(prompt)
-    if len(ids) > (limit := model.config.n_positions) and not args.slide:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens and the model's context {limit} positions; "
-            "--slide goes on from the last of them"
-        )
+    if len(ids) > (limit := model.config.n_positions):
+        if not args.slide:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and the model's context {limit} positions; "
+                "--slide goes on from the last of them"
+            )
+        ids = ids[-max(limit // 2, 1) :]  # as sliding does; what is not read is not counted
     result = _Result(prompt, len(ids), seed)
     interrupted = False
     steps = model.stream([ids], **options)
@@ -332,13 +334,14 @@ def _tokenizer(model: str) -> "GPT2Tokenizer":
     from gpt2fast.tokenizer import GPT2Tokenizer
 
     try:
-        return GPT2Tokenizer.from_pretrained(model)
+        # A prompt's length is checked against the model itself.
+        return GPT2Tokenizer.from_pretrained(model, model_max_length=sys.maxsize)
     except FileNotFoundError:
         return GPT2Tokenizer()
 
 
 def _positive(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {2**31 - 1}; got {value}")
     return value

@@ -176,8 +176,9 @@ def test_a_terminal_that_lacks_a_character_shows_another(
         (["--top-p", "1.5"], "top_p must be above 0 and at most 1; got 1.5"),
         (["--min-p", "-0.1"], "min_p must be between 0 and 1; got -0.1"),
         (["--repetition-penalty", "0"], "repetition_penalty must be a finite number above 0"),
-        (["--max-new-tokens", "0"], "must be at least 1; got 0"),
-        (["--threads", "-2"], "must be at least 1; got -2"),
+        (["--max-new-tokens", "0"], "must be from 1 to 2147483647; got 0"),
+        (["--max-new-tokens", "9" * 20], "must be from 1 to 2147483647; got 99999"),
+        (["--threads", "-2"], "must be from 1 to 2147483647; got -2"),
         (["--stop", ""], "stop_strings must be non-empty"),
         (["--dtype", "float8"], "invalid choice: 'float8'"),
         (["--device", "abacus"], "--device must be cpu, cuda or cuda:N; got 'abacus'"),
@@ -253,7 +254,17 @@ def test_prompts_beyond_the_context_fail(run: Run) -> None:
     check_failure(
         run("dark " * 40), "the prompt has 41 tokens and the model's context 32 positions"
     )
-    assert run("dark " * 40, "--slide", "--max-new-tokens", "3")[0] == 0
+
+
+def test_a_prompt_beyond_the_context_slides(run: Run) -> None:
+    words = ("dark " * 40, "--slide", "--max-new-tokens", "3", "--greedy", "--json")
+    status, out, err = run(*words)
+    result = json.loads(out)
+    assert (status, err) == (0, "")
+    # Half of the 32 positions are read, and nothing else is counted as read.
+    assert result["prompt_tokens"] == 16
+    last = GPT2Tokenizer().decode(GPT2Tokenizer().encode("dark " * 40)[-16:])
+    assert json.loads(run(last, *words[1:])[1])["text"] == result["text"]
 
 
 def test_ids_outside_the_models_vocabulary_fail(run: Run, tiny: Path, tmp_path: Path) -> None:
