@@ -4,8 +4,6 @@ They call the ops of `gpt2fast.kernels`. Where somebody has put a hook on a modu
 (adapters, probes), the block steps through the modules one by one instead of fusing across them.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -57,9 +55,11 @@ class LayerNorm(nn.LayerNorm):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-@dataclass
 class LayerPass:
     """What one layer reads in one forward pass besides its input, and what it leaves behind.
+
+    No dataclass, on purpose: FSDP rebuilds those when it casts a module's arguments, and what the
+    layer leaves behind would be left in a copy.
 
     Attributes:
         mask: as the attention ops take it.
@@ -71,15 +71,21 @@ class LayerPass:
         kv: ``[2, B, H, P + T, D]``.
     """
 
-    mask: Tensor | None = None
-    past_kv: Tensor | None = None
-    buffer: Tensor | None = None
-    start: int = 0
-    head_mask: Tensor | None = None
-    keep_weights: bool = False
-    keep_kv: bool = False
-    weights: Tensor | None = None
-    kv: Tensor | None = None
+    def __init__(
+        self,
+        mask: Tensor | None = None,
+        past_kv: Tensor | None = None,
+        buffer: Tensor | None = None,
+        start: int = 0,
+        head_mask: Tensor | None = None,
+        keep_weights: bool = False,
+        keep_kv: bool = False,
+    ) -> None:
+        self.mask, self.past_kv, self.head_mask = mask, past_kv, head_mask
+        self.buffer, self.start = buffer, start
+        self.keep_weights, self.keep_kv = keep_weights, keep_kv
+        self.weights: Tensor | None = None
+        self.kv: Tensor | None = None
 
 
 class GPT2Attention(nn.Module):

@@ -94,7 +94,8 @@ class ModelOutput(OrderedDict[str, Any]):
         return self[key] if key in self else default  # noqa: SIM401 (this defines `get`)
 
     def values(self) -> Any:
-        return self.to_tuple()
+        """The values as they are stored: DDP and FSDP walk here, and need no logits computed."""
+        return tuple(self.raw_items().values())
 
     def items(self) -> Any:
         return tuple(zip(self.keys(), self.to_tuple(), strict=True))

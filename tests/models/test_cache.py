@@ -3,6 +3,8 @@
 import copy
 import pickle
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor
 
 from gpt2fast import KVCache
+from gpt2fast.cache import _Storage
 from tests.models.reference import CONTEXT, HEADS, LAYERS, WIDTH, assert_forward, pair, tokens
 
 SIZE = WIDTH // HEADS
@@ -233,35 +236,38 @@ class TestCopies:
         assert _equal(second, list(cache))
 
 
-def test_two_threads_append_to_one_past() -> None:
+class _SlowStorage(_Storage):
+    """Gives the other threads their turn between the look at ``filled`` and the change of it."""
+
+    @property
+    def filled(self) -> int:  # type: ignore[override]
+        value = _Storage.filled.__get__(self)
+        time.sleep(1e-3)
+        return value
+
+    @filled.setter
+    def filled(self, value: int) -> None:
+        _Storage.filled.__set__(self, value)
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_threads_append_to_one_past(threads: int) -> None:
     """However they interleave, one writes in place, the others copy, and all are right."""
-    for _ in range(20):
-        cache = KVCache.empty(LAYERS, (2, HEADS, SIZE), torch.float32, torch.device("cpu"), 60)
-        past = _appended(cache, start := _layers())
-        news = [_layers(length=3) for _ in range(4)]
-        results: list[KVCache | None] = [None] * 4
-        barrier = threading.Barrier(4)
+    empty = KVCache.empty(LAYERS, (2, HEADS, SIZE), torch.float32, torch.device("cpu"), 60)
+    past = _appended(empty, start := _layers())
+    past._storage = _SlowStorage(past.buffers, past.get_seq_length())
+    news = [_layers(length=3) for _ in range(threads)]
+    barrier = threading.Barrier(threads)
 
-        def append(
-            i: int,
-            past: KVCache = past,
-            news: list[list[Tensor]] = news,
-            results: list[KVCache | None] = results,
-            barrier: threading.Barrier = barrier,
-        ) -> None:
-            barrier.wait()
-            results[i] = _appended(past, news[i])
+    def append(new: list[Tensor]) -> KVCache:
+        barrier.wait()
+        return _appended(past, new)
 
-        threads = [threading.Thread(target=append, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for new, result in zip(news, results, strict=True):
-            assert result is not None
-            assert _equal(result, _cat(start, new))
-        shared = sum(r.buffers is past.buffers for r in results if r is not None)
-        assert shared == 1
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(append, news))
+    for new, result in zip(news, results, strict=True):
+        assert _equal(result, _cat(start, new))
+    assert sum(result.buffers is past.buffers for result in results) == 1
 
 
 class CacheProgram(RuleBasedStateMachine):

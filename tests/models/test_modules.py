@@ -232,6 +232,24 @@ class TestReplacedModules:
         assert torch.allclose(got, want[:, 4:], atol=1e-6)
         assert seen == [1, 1]
 
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_arguments_that_are_walked_over(self, grad: bool) -> None:
+        """FSDP maps over a block's arguments; what the block leaves behind still arrives."""
+        from torch.distributed.utils import _apply_to_tensors
+
+        ours, _ = pair()
+        ids = tokens(1, 6)
+        with torch.set_grad_enabled(grad):
+            want = ours(ids)
+            for block in ours.transformer.h:
+                block.register_forward_pre_hook(
+                    lambda _, args: _apply_to_tensors(lambda t: t * 1, args)
+                )
+            got = ours(ids, output_attentions=True)
+            assert len(got.attentions) == LAYERS
+            past = ours(ids[:, :4]).past_key_values
+            assert torch.allclose(ours(ids[:, 4:], past).logits, want.logits[:, 4:], atol=1e-6)
+
     def test_other_embeddings_and_activation(self) -> None:
         ours, reference = pair(tie_word_embeddings=False)
         ids = tokens(2, 5)

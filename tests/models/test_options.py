@@ -101,6 +101,22 @@ def test_sixteen_bits(dtype: torch.dtype, upcast: bool) -> None:
     assert errors[0] <= 4 * errors[1]  # squares of the errors
 
 
+def test_upcast_reaches_the_cache_too() -> None:
+    """Sharp attention, where scores rounded to bfloat16 pick other keys."""
+    ours, _ = pair(reorder_and_upcast_attn=True)
+    with torch.no_grad():
+        for block in ours.transformer.h:
+            block.attn.c_attn.weight[:, : 2 * WIDTH] *= 8
+    ours.bfloat16()
+    ids = tokens(2, 21)
+    differentiable = ours(ids).logits
+    with torch.no_grad():
+        appended = ours(ids).logits
+        ours.transformer.h.apply(lambda module: setattr(module, "upcast", False))
+        rounded = ours(ids).logits
+    assert (appended - differentiable).abs().max() < 0.1 * (rounded - differentiable).abs().max()
+
+
 class TestHeadMask:
     """transformers 5 ignores head_mask; the oracle scales the rows of c_proj that a head feeds."""
 

@@ -112,7 +112,6 @@ class TestDeferredLogits:
             lambda o: o[1],
             lambda o: o.get("logits"),
             lambda o: list(o)[1],
-            lambda o: list(o.values())[1],
             lambda o: dict(o.items())["logits"],
             lambda o: dict(o)["logits"],
             lambda o: pickle.loads(pickle.dumps(o)).logits,
@@ -227,11 +226,14 @@ class TestWalkers:
         from torch.nn.parallel.distributed import _find_tensors
 
         output = self._output()
+        found = list(_find_tensors(output))
+        assert isinstance(_raw(output), DeferredLogits)
+        for tensor in (output.loss, *_raw(output)[:2]):
+            assert any(t is tensor for t in found)
         mapped = _apply_to_tensors(lambda t: t * 1, output)
         assert type(mapped) is CausalLMOutput
         assert torch.equal(mapped.loss, output.loss)
         assert torch.equal(mapped.logits, output.logits)
-        assert any(t is output.loss for t in _find_tensors(output))
 
     def test_mapping_walkers(self) -> None:
         """accelerate and others: ``type(data)({key: f(value) for key, value in data.items()})``."""
