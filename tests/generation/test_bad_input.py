@@ -125,6 +125,12 @@ def test_unknown_keyword(model: GPT2LMHeadModel, way: str) -> None:
         getattr(model, way)(IDS, temprature=1.0)
 
 
+@pytest.mark.parametrize("use_cache", [True, False, None])
+def test_use_cache_changes_nothing(model: GPT2LMHeadModel, use_cache: bool | None) -> None:
+    """Code for transformers passes it routinely."""
+    assert torch.equal(model.generate(IDS, use_cache=use_cache), model.generate(IDS))
+
+
 def test_beams_cannot_be_streamed(model: GPT2LMHeadModel) -> None:
     message = "^a beam search cannot be streamed: its tokens are known at the end$"
     with pytest.raises(ValueError, match=message):

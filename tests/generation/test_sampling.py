@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from gpt2fast import GPT2LMHeadModel
-from gpt2fast.sampling import (
+from gpt2fast.generation.sampling import (
     RandomRows,
     ban_repeated_ngrams,
     forbid,

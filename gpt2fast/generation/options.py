@@ -60,6 +60,7 @@ class GenerationOptions:
             ValueError: see the class.
         """
         known = {field.name for field in fields(cls)}
+        keywords = {name: v for name, v in keywords.items() if name not in _WITHOUT_EFFECT}
         for name in keywords:
             if name not in known:
                 raise TypeError(f"generate got an unexpected keyword argument {name!r}")
@@ -163,6 +164,9 @@ class GenerationOptions:
             return prompt_length + self.min_new_tokens
         return self.min_length
 
+
+# Keywords of transformers that cannot change the tokens: the cache is always used.
+_WITHOUT_EFFECT = ("use_cache",)
 
 # Fields for which None switches something off, as in transformers, rather than being absent.
 _OFF = ("top_k", "top_p", "min_p")

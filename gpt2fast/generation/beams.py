@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpt2fast.decoding import Decoder, Request
-from gpt2fast.sampling import check_scores
-from gpt2fast.stopping import RUNNING
+from gpt2fast.generation.decoding import Decoder, Request
+from gpt2fast.generation.sampling import check_scores
+from gpt2fast.generation.stopping import RUNNING
 
 _NEVER = -1.0e9  # the score of a hypothesis that does not take part
 
@@ -30,7 +30,7 @@ class Hypotheses:
         origins: ``[B, N, S]``, the row of the batch that each new token was predicted by; -1 for
             none yet.
         logprobs: ``[B, N, S]``, of each new token under the model.
-        reasons: ``[B, N]``, codes of `gpt2fast.stopping.FINISH_REASONS`.
+        reasons: ``[B, N]``, codes of `gpt2fast.generation.stopping.FINISH_REASONS`.
     """
 
     sequences: Tensor

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from gpt2fast.beams import BeamSearch
-from gpt2fast.decoding import Decoder, Request
-from gpt2fast.generation_options import GenerationOptions
+from gpt2fast.generation.beams import BeamSearch
+from gpt2fast.generation.decoding import Decoder, Request
+from gpt2fast.generation.options import GenerationOptions
+from gpt2fast.generation.sampling import RandomRows, check_scores, row_streams, sample
+from gpt2fast.generation.stopping import FINISH_REASONS, LENGTH, RUNNING
 from gpt2fast.outputs import ModelOutput
-from gpt2fast.sampling import RandomRows, check_scores, row_streams, sample
-from gpt2fast.stopping import FINISH_REASONS, LENGTH, RUNNING
 from gpt2fast.tokenizer import GPT2Tokenizer, StreamDecoder
 
 if TYPE_CHECKING:
-    from gpt2fast.decoding import LanguageModel
+    from gpt2fast.generation.decoding import LanguageModel
 
 
 class GenerateOutput(ModelOutput):
@@ -74,7 +74,7 @@ class Decoding:
 
     Attributes:
         sequences: ``[R, T]``, prompts and everything generated so far.
-        reasons: ``[R]``, codes of `gpt2fast.stopping.FINISH_REASONS`.
+        reasons: ``[R]``, codes of `gpt2fast.generation.stopping.FINISH_REASONS`.
     """
 
     def __init__(self, decoder: Decoder, request: Request) -> None:
@@ -195,6 +195,7 @@ class GenerationMixin:
                 position 0, and goes on.
             return_dict_in_generate: return a `GenerateOutput`.
             output_scores, output_logits, output_logprobs: put these into it.
+            use_cache: accepted without effect: the past is always used.
 
         Returns:
             ``[R, T + S]`` int64 on the device of ``input_ids``, prompts and new tokens, for

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2fast.cache import KVCache, is_foreign
-from gpt2fast.generation_options import GenerationOptions, ScoresProcessor
-from gpt2fast.prompts import Prompts, prepare_prompts
-from gpt2fast.sampling import build_processors
-from gpt2fast.stopping import Stopping, StopStrings
+from gpt2fast.generation.options import GenerationOptions, ScoresProcessor
+from gpt2fast.generation.prompts import Prompts, prepare_prompts
+from gpt2fast.generation.sampling import build_processors
+from gpt2fast.generation.stopping import Stopping, StopStrings
 
 if TYPE_CHECKING:
     from gpt2fast.model import GPT2DoubleHeadsModel, GPT2LMHeadModel

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2fast.generation_options import GenerationOptions, ScoresProcessor
+from gpt2fast.generation.options import GenerationOptions, ScoresProcessor
 
 _LIKELIEST = 1024  # candidates among which a nucleus is looked for first
 _BLOCK = 64  # random numbers drawn at once for each row
