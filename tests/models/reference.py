@@ -86,3 +86,21 @@ def assert_gradients(ours: nn.Module, reference: nn.Module, but: Iterable[str] =
             continue
         assert got[name] is not None, name
         assert_close("model", "backward", got[name], gradient)
+
+
+def positions_under(mask: Tensor) -> Tensor:
+    """What transformers has to be told: positions counted over the kept tokens."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def padding(kind: str, batch: int, length: int) -> Tensor:
+    """An int64 mask ``[batch, length]`` whose first row is full and whose others are padded."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row in range(1, batch):
+        if kind == "left":
+            mask[row, : 2 * row] = 0
+        elif kind == "right":
+            mask[row, length - 2 * row :] = 0
+        elif kind == "inner":
+            mask[row, 2 + row] = 0
+    return mask

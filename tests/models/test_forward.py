@@ -20,7 +20,9 @@ from tests.models.reference import (
     assert_forward,
     assert_gradients,
     ours_from,
+    padding,
     pair,
+    positions_under,
     randomize,
     sizes,
     tokens,
@@ -265,136 +267,15 @@ class TestInputs:
         assert torch.equal(mask, before[1])
 
 
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """What transformers has to be told: positions counted over the kept tokens."""
-    return (mask.cumsum(-1) - 1).clamp_min(0)
-
-
-def _mask(kind: str, batch: int, length: int) -> torch.Tensor:
-    mask = torch.ones(batch, length, dtype=torch.long)
-    for row in range(1, batch):
-        if kind == "left":
-            mask[row, : 2 * row] = 0
-        elif kind == "right":
-            mask[row, length - 2 * row :] = 0
-        elif kind == "inner":
-            mask[row, 2 + row] = 0
-    return mask
-
-
-class TestMasks:
-    @pytest.mark.parametrize("kind", ["left", "right", "inner", "none"])
-    def test_padding(self, kind: str) -> None:
-        """On the real tokens, with the gradients of a loss over them alone."""
-        ours, reference = pair()
-        ids, mask = tokens(3, 9), _mask(kind, 3, 9)
-        labels = ids.masked_fill(mask == 0, -100)
-        labels[:, 1:][mask[:, :-1] == 0] = -100  # a padding position predicts nothing
-        got = ours(ids, attention_mask=mask, labels=labels)
-        want = reference(ids, attention_mask=mask, position_ids=_positions(mask), labels=labels)
-        assert_forward(got.logits, want.logits, keep=mask.bool())
-        assert_forward(got.loss, want.loss)
-        got.loss.backward()
-        want.loss.backward()
-        assert_gradients(ours, reference)
-
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_each_row_is_as_if_alone(self, side: str) -> None:
-        ours, _ = pair()
-        ids, mask = tokens(3, 9), _mask(side, 3, 9)
-        with torch.no_grad():
-            together = ours(ids, attention_mask=mask).logits
-            for row in range(3):
-                kept = mask[row].bool()
-                alone = ours(ids[row][kept][None]).logits[0]
-                assert torch.allclose(together[row][kept], alone, atol=2e-6)
-
-    def test_padding_stays_finite(self) -> None:
-        ours, _ = pair()
-        ids = tokens(2, 6)
-        for mask in (torch.zeros(2, 6), _mask("left", 2, 6)):
-            output = ours(ids, attention_mask=mask, output_hidden_states=True)
-            assert all(torch.isfinite(h).all() for h in output.hidden_states)
-
-    @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32, torch.uint8])
-    def test_any_dtype(self, dtype: torch.dtype) -> None:
-        ours, _ = pair()
-        ids, mask = tokens(3, 9), _mask("left", 3, 9)
-        with torch.no_grad():
-            want = ours(ids, attention_mask=mask).logits
-            assert torch.equal(ours(ids, attention_mask=mask.to(dtype)).logits, want)
-
-    def test_given_positions_win(self) -> None:
-        ours, reference = pair()
-        ids, mask = tokens(3, 9), _mask("left", 3, 9)
-        positions = torch.arange(9)[None]
-        with torch.no_grad():
-            got = ours(ids, attention_mask=mask, position_ids=positions)
-            want = reference(ids, attention_mask=mask)
-        assert_forward(got.logits, want.logits, keep=mask.bool())
-
-    @pytest.mark.parametrize("side", ["left", "right", "inner"])
-    def test_with_a_past(self, side: str) -> None:
-        ours, reference = pair()
-        ids, mask = tokens(3, 12), _mask(side, 3, 12)
-        if side == "right":
-            mask[:, -1] = 1  # a gap before the next token
-        positions = _positions(mask)
-        with torch.no_grad():
-            want = reference(ids, attention_mask=mask, position_ids=positions).logits
-            past = ours(ids[:, :8], attention_mask=mask[:, :8]).past_key_values
-            for chunk in (slice(8, 11), slice(11, 12)):
-                got = ours(ids[:, chunk], past, attention_mask=mask[:, : chunk.stop])
-                past = got.past_key_values
-                assert_forward(got.logits, want[:, chunk], keep=mask[:, chunk].bool())
-
-    @pytest.mark.parametrize("form", [(1, 1), (2, 1), (2, HEADS)], ids=str)
-    @pytest.mark.parametrize("float_mask", [False, True])
-    def test_complete_masks(self, form: tuple[int, int], float_mask: bool) -> None:
-        ours, reference = pair()
-        ids = tokens(2, 6)
-        mask = torch.rand(*form, 6, 6) < 0.6
-        mask |= torch.eye(6, dtype=torch.bool)
-        theirs = mask
-        if float_mask:
-            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-            theirs = mask.double()
-        got = ours(ids, attention_mask=mask, labels=ids)
-        want = reference(ids, attention_mask=theirs, labels=ids)
-        got.loss.backward()
-        want.loss.backward()
-        assert_forward(got.logits, want.logits)
-        assert_gradients(ours, reference)
-
-    def test_complete_mask_with_a_past(self) -> None:
-        ours, reference = pair()
-        ids = tokens(2, 9)
-        mask = (torch.rand(2, 1, 9, 9) < 0.6) | torch.eye(9, dtype=torch.bool)
-        mask = mask & torch.ones(9, 9, dtype=torch.bool).tril()
-        with torch.no_grad():
-            want = reference(ids, attention_mask=mask).logits
-            first = ours(ids[:, :5], attention_mask=mask[:, :, :5, :5])
-            second = ours(ids[:, 5:], first.past_key_values, mask[:, :, 5:])
-        assert_forward(torch.cat((first.logits, second.logits), 1), want)
-
-    def test_float32_mask_for_a_bfloat16_model(self) -> None:
-        ours, _ = pair()
-        ours.bfloat16()
-        ids, mask = tokens(2, 6), torch.randn(2, 1, 6, 6)
-        with torch.no_grad():
-            want = ours(ids, attention_mask=mask.bfloat16()).logits
-            assert torch.equal(ours(ids, attention_mask=mask).logits, want)
-
-
 class TestReturns:
     def test_hidden_states_and_attentions(self) -> None:
         ours, reference = pair(attention="eager")
-        ids, mask = tokens(3, 9), _mask("left", 3, 9)
+        ids, mask = tokens(3, 9), padding("left", 3, 9)
         options = {"output_hidden_states": True, "output_attentions": True, "attention_mask": mask}
         with torch.no_grad():
             got, want = (
                 ours(ids, **options),
-                reference(ids, **options, position_ids=_positions(mask)),
+                reference(ids, **options, position_ids=positions_under(mask)),
             )
         assert [*got.keys(), "cross_attentions"] == list(want.keys())  # theirs are empty
         assert len(got.hidden_states) == LAYERS + 1
@@ -468,66 +349,6 @@ class TestReturns:
             got, want = ours(ids, logits_to_keep=which), reference(ids, logits_to_keep=which)
         assert got.logits.shape == want.logits.shape
         assert_forward(got.logits, want.logits)
-
-
-class TestLosses:
-    @pytest.mark.parametrize("items", [7, torch.tensor(7), torch.tensor(3.5)], ids=str)
-    def test_num_items_in_batch(self, items: int | torch.Tensor) -> None:
-        ours, reference = pair()
-        ids = tokens(3, 6)
-        got = ours(ids, labels=ids, num_items_in_batch=items)
-        want = reference(ids, labels=ids, num_items_in_batch=items)
-        assert_forward(got.loss, want.loss)
-        got.loss.backward()
-        want.loss.backward()
-        assert_gradients(ours, reference)
-
-    def test_accumulated_pieces_equal_the_batch(self) -> None:
-        ours, reference = pair()
-        ids = tokens(4, 6)
-        reference(ids, labels=ids).loss.backward()
-        for row in ids:
-            ours(row[None], labels=row[None], num_items_in_batch=4 * 5).loss.backward()
-        assert_gradients(ours, reference)
-
-    def test_shifted_labels(self) -> None:
-        ours, _ = pair()
-        ids = tokens(2, 6)
-        shifted = torch.cat((ids[:, 1:], torch.full((2, 1), -100)), 1)
-        with torch.no_grad():
-            want = ours(ids, labels=ids).loss
-            assert torch.allclose(ours(ids, shift_labels=shifted).loss, want)
-
-    @pytest.mark.parametrize("length", [1, 5])
-    def test_nothing_to_predict(self, length: int) -> None:
-        """The mean of no losses is NaN, as in transformers; the gradients are zero."""
-        ours, reference = pair()
-        ids = tokens(2, length)
-        labels = torch.full_like(ids, -100) if length > 1 else ids
-        got, want = ours(ids, labels=labels), reference(ids, labels=labels)
-        assert got.loss.isnan()
-        assert want.loss.isnan()
-        got.loss.backward()
-        assert all((p.grad == 0).all() for p in ours.parameters())
-
-    def test_a_head_with_a_bias_or_a_hook(self) -> None:
-        """A head that is no plain linear layer is called, not fused."""
-        ours, _ = pair()
-        ids = tokens(2, 6)
-        with torch.no_grad():
-            want = ours(ids, labels=ids)
-            seen = []
-            handle = ours.lm_head.register_forward_hook(lambda *_: seen.append(1))
-            hooked = ours(ids, labels=ids)
-            handle.remove()
-            assert seen == [1]
-            assert torch.allclose(hooked.loss, want.loss)
-            head = torch.nn.Linear(WIDTH, VOCAB)
-            head.weight = ours.lm_head.weight
-            ours.lm_head = head
-            biased = ours(ids, labels=ids)
-        assert torch.allclose(biased.logits, want.logits + head.bias, atol=1e-6)
-        assert not torch.allclose(biased.loss, want.loss)
 
 
 def test_randomize_leaves_nothing_at_its_default() -> None:
