@@ -86,6 +86,7 @@ def _encoders(implementations: dict[str, Any], text: str) -> Functions:
 
     def cold() -> list[int]:
         ours._codec._chunks.clear()
+        ours._codec._plain.clear()
         return ours.encode(text)
 
     return {

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from gpt2fast.tokenizer.bpe import Merges, merge
-from gpt2fast.tokenizer.pattern import CHUNK, split_pieces, windows
+from gpt2fast.tokenizer.pattern import CHUNK, is_plain, split_pieces, split_plain, windows
 from gpt2fast.tokenizer.vocab import byte_alphabet, read_gpt2_vocabulary
 
 PACKED = "I"  # typecode of arrays of ids
 _WINDOW = 1 << 13  # characters cut into chunks at a time, which stay in the processor's cache
-_MEMO_ENTRIES = 1 << 18
+_MEMO_ENTRIES = 1 << 17
 _MEMO_LENGTH = 64  # characters; longer chunks are too rare to remember
 
 
@@ -36,6 +37,19 @@ class _Memo(dict[str, bytes]):
                 self.clear()
             self[text] = packed
         return packed
+
+
+class _NotPlain(Exception):
+    """Found a part of a text that is not plain."""
+
+
+class _PlainMemo(_Memo):
+    """A memory for the parts that ``split_plain`` gives; one that is not plain is an exception."""
+
+    def __missing__(self, text: str) -> bytes:
+        if not is_plain(text):
+            raise _NotPlain
+        return super().__missing__(text)
 
 
 def repair_surrogates(text: str) -> str:
@@ -111,6 +125,7 @@ class Codec:
             for i in self._ids:
                 self._whole[self.id_bytes[i]] = array(PACKED, [i]).tobytes()
         self._chunks = _Memo(self._encode_chunk)
+        self._plain = _PlainMemo(self._encode_chunk)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self is gpt2_codec():
@@ -137,8 +152,15 @@ class Codec:
         """The ids of ``text``, packed."""
         ids: array[int] = array(PACKED)
         for window in windows(text, _WINDOW):
-            ids.frombytes(b"".join(map(self._chunks.__getitem__, CHUNK.findall(window))))
+            ids.frombytes(self._encode_window(window))
         return ids
+
+    def _encode_window(self, window: str) -> bytes:
+        parts = split_plain(window)
+        if parts is not None:
+            with suppress(_NotPlain):
+                return b"".join(map(self._plain.__getitem__, parts))
+        return b"".join(map(self._chunks.__getitem__, CHUNK.findall(window)))
 
     def encode_raw(self, data: bytes) -> list[int]:
         """The ids of ``data`` as one piece, which need not be UTF-8."""

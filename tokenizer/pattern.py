@@ -54,6 +54,28 @@ def split_pieces(text: str) -> list[str]:
     return pattern.findall(text)
 
 
+_PLAIN = re.compile(rf"\n?| ?[^{SPACES}]+")
+
+
+def is_plain(part: str) -> bool:
+    """Whether a part that ``split_plain`` gave is empty, a line end, or a word and its space."""
+    return _PLAIN.fullmatch(part) is not None
+
+
+def split_plain(text: str) -> list[str] | None:
+    r"""Cut ``text`` at its spaces and line ends, much faster than by any pattern.
+
+    The parts, of which some are empty, are chunks if all of them are plain (``is_plain``), as they
+    are in prose: then white space is nothing but single spaces and line ends, the latter single,
+    in pairs, or before a space. All of these are pieces by themselves, or part of the next word.
+    Returns None if that cannot be so, or cannot be told from the parts: ``\n\n`` is one piece at
+    the end, before a space or before another ``\n``.
+    """
+    if "\0" in text or "\n\n\n" in text or "\n\n " in text or text.endswith("\n"):
+        return None
+    return text.replace(" ", "\0 ").replace("\n", "\0\n\0").split("\0")
+
+
 def windows(text: str, size: int) -> Iterator[str]:
     """Cut ``text`` into parts of at least ``size`` characters that encode independently.
 

@@ -185,12 +185,14 @@ def test_a_stream_waits_for_the_rest_of_a_character(tokenizer) -> None:
 def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, samples: str) -> None:
     monkeypatch.setattr(codec, "_MEMO_ENTRIES", 50)
     fresh = codec.Codec(*codec.read_gpt2_vocabulary(), unk_id=50256, whole_tokens=True)
-    expected = codec.gpt2_codec().encode(samples)
-    for _ in range(3):
-        assert fresh.encode(samples) == expected
+    words = " ".join(samples.split())
+    for text in [samples, words] * 2:
+        assert fresh.encode(text) == codec.gpt2_codec().encode(text)
         assert 0 < len(fresh._chunks) <= 50
+        assert len(fresh._plain) <= 50
+    assert fresh._plain
     fresh.encode("x" * 1000 + " " + "y" * 1000)
-    assert max(map(len, fresh._chunks)) <= codec._MEMO_LENGTH
+    assert max(map(len, [*fresh._chunks, *fresh._plain])) <= codec._MEMO_LENGTH
 
 
 def test_threads_share_a_small_memory(monkeypatch: pytest.MonkeyPatch, samples: str) -> None:
@@ -207,6 +209,7 @@ def test_threads_share_a_small_memory(monkeypatch: pytest.MonkeyPatch, samples: 
 def test_what_is_remembered_changes_nothing(tokenizer, text: str) -> None:
     warm = tokenizer.encode(text)
     tokenizer._codec._chunks.clear()
+    tokenizer._codec._plain.clear()
     assert tokenizer.encode(text) == warm
 
 

@@ -9,7 +9,15 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2fast.tokenizer.pattern import CHUNK, GPT2_PATTERN, SPACES, split_pieces, windows
+from gpt2fast.tokenizer.pattern import (
+    CHUNK,
+    GPT2_PATTERN,
+    SPACES,
+    is_plain,
+    split_pieces,
+    split_plain,
+    windows,
+)
 
 REFERENCE = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -46,6 +54,36 @@ def test_every_short_text_of_telling_characters(length: int) -> None:
         assert by_chunks(text) == REFERENCE.findall(text)
 
 
+def plain_or_chunks(text: str) -> list[str]:
+    parts = split_plain(text)
+    if parts is None or not all(map(is_plain, parts)):
+        return by_chunks(text)
+    return [piece for part in parts for piece in split_pieces(part)]
+
+
+@pytest.mark.parametrize(("alphabet", "longest"), [(" \na", 9), (" \n\t\0é", 6)])
+def test_plain_parts_of_every_short_text(alphabet: str, longest: int) -> None:
+    for length in range(longest + 1):
+        for characters in itertools.product(alphabet, repeat=length):
+            text = "".join(characters)
+            assert plain_or_chunks(text) == REFERENCE.findall(text)
+
+
+@given(st.one_of(telling_text, any_text, st.text(st.sampled_from(" \nab.'s1"))))
+def test_plain_parts_are_chunks(text: str) -> None:
+    assert plain_or_chunks(text) == REFERENCE.findall(text)
+
+
+def test_prose_is_plain() -> None:
+    prose = "One line,\nanother.\n\n“A new paragraph,” she said. It's\n indented: 12 of them"
+    parts = split_plain(prose)
+    assert parts is not None
+    assert all(map(is_plain, parts))
+    for text in ("two  spaces", "a\tb", "a \nb", "\n\n\n", "end\n", "nul\0", "a\n\n b", "a\xa0b"):
+        parts = split_plain(text)
+        assert parts is None or not all(map(is_plain, parts))
+
+
 @given(st.one_of(telling_text, any_text))
 def test_chunks_then_pieces_are_the_pieces(text: str) -> None:
     assert by_chunks(text) == split_pieces(text) == REFERENCE.findall(text)
@@ -61,8 +99,8 @@ def test_every_pair_of_ascii_characters_in_context() -> None:
 def test_windows_encode_independently(text: str, size: int) -> None:
     parts = list(windows(text, size))
     assert "".join(parts) == text
-    pieces = [piece for part in parts for piece in by_chunks(part)]
-    assert pieces == REFERENCE.findall(text)
+    for cut in (by_chunks, plain_or_chunks):
+        assert [piece for part in parts for piece in cut(part)] == REFERENCE.findall(text)
 
 
 def test_windows_bound_what_is_held_at_once() -> None:
