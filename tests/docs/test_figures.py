@@ -1,0 +1,32 @@
+"""Every figure in the README is one of a recorded run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "bench" / "results" / "cpu" / "tokenizer.json"
+
+
+def tokenizer_table(record: dict[str, Any]) -> str:
+    """The README's table of the tokenizer, made from the record."""
+    versions = record["versions"]
+    labels = {
+        "ours": "gpt2fast",
+        "ours, nothing remembered": "gpt2fast, nothing remembered",
+        "tiktoken": f"tiktoken {versions['tiktoken']}",
+        "tokenizers": f"tokenizers {versions['tokenizers']}",
+    }
+    rows = ["| tokenizer | encode, MB/s | decode, MB/s |", "| --- | --- | --- |"]
+    for name, label in labels.items():
+        speeds = [record[task].get(name, {}).get("MB_per_s") for task in ("encode", "decode")]
+        cells = ["" if speed is None else f"{speed:.1f}" for speed in speeds]
+        rows.append(f"| {label} | {cells[0]} | {cells[1]} |")
+    return "\n".join(rows)
+
+
+def test_tokenizer_figures_are_those_of_the_record() -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tokenizer_table(record) in readme
+    assert f"{record['processor']}, {record['cores']} cores" in readme
