@@ -1,9 +1,11 @@
 """What only a process of its own can show: imports, signals, closed pipes; and `train`."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +15,35 @@ from gpt2fast import GPT2LMHeadModel, __version__
 from gpt2fast.cli import main
 from gpt2fast.training.trainer import Trainer
 
-COMMAND = [sys.executable, "-m", "gpt2fast"]
+TIMEOUT = 120  # seconds; the machine may be busy
+
+# As `python -m gpt2fast`, but listening to Ctrl-C even where the test run was started in the
+# background by a shell that turns it off.
+LISTENING = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("gpt2fast", run_name="__main__")
+"""
 
 
-def start(*words: str, **options: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*COMMAND, *words],
+@contextlib.contextmanager
+def endless(model: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that generates far more than anybody waits for, some text of it read already."""
+    words = ("generate", "Once upon a time", "--slide", "--max-new-tokens", "1000000")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENING, *words, "--model", str(model)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,  # type: ignore[call-overload]
     )
+    try:
+        assert process.stdout is not None
+        # More than the prompt, while the process goes on: the text is streamed, not kept.
+        assert process.stdout.read(20).startswith(b"Once upon a time")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_help_version_and_mistakes_load_no_torch() -> None:
@@ -45,28 +65,22 @@ print(*sorted({"torch", "numpy", "transformers", "huggingface_hub", "triton"} & 
 
 
 def test_a_reader_that_leaves_ends_it_quietly(tiny: Path) -> None:
-    endless = ("--slide", "--max-new-tokens", "1000000", "--model", str(tiny))
-    process = start("generate", "Once upon a time", *endless)
-    assert process.stdout is not None
-    assert process.stdout.read(20).startswith(b"Once upon a time")
-    process.stdout.close()
-    assert process.wait(60) == 128 + signal.SIGPIPE
-    assert process.stderr is not None
-    assert process.stderr.read() == b""
+    with endless(tiny) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(TIMEOUT) == 128 + signal.SIGPIPE
+        assert process.stderr.read() == b""
 
 
 def test_an_interrupt_ends_it_with_what_was_printed(tiny: Path) -> None:
-    endless = ("--slide", "--max-new-tokens", "1000000", "--model", str(tiny))
-    process = start("generate", "Once upon a time", *endless)
-    assert process.stdout is not None
-    # It arrives while the process goes on: the text is streamed, not kept.
-    assert process.stdout.read(20).startswith(b"Once upon a time")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert out.endswith(b"\n")
-    assert b"ended by interrupted" in err
-    assert b"Traceback" not in err
+    with endless(tiny) as process:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 130
+        assert out.endswith(b"\n")
+        assert b"ended by interrupted" in err
+        assert b"Traceback" not in err
 
 
 def test_train_then_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
