@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from gpt2fast.config import GPT2Config
+from gpt2fast.config import GPT2Config
 
 _Model = TypeVar("_Model", bound="PreTrainedModel")
 
@@ -29,7 +28,7 @@ class PreTrainedModel(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.config = config
+        self.config = as_config(config)
         self.gradient_checkpointing = False
 
     @property
@@ -138,3 +137,17 @@ class PreTrainedModel(nn.Module):
         from gpt2fast import checkpoint
 
         checkpoint.save_pretrained(self, folder, **kwargs)
+
+
+def as_config(config: Any) -> GPT2Config:
+    """A configuration as it is, or this package's of the same fields for one of transformers.
+
+    Raises:
+        TypeError: it is no configuration.
+        ValueError: it describes another kind of model.
+    """
+    if isinstance(config, GPT2Config):
+        return config
+    if not hasattr(config, "to_dict"):
+        raise TypeError(f"expected a GPT2Config; got {type(config).__name__}")
+    return GPT2Config.from_dict(config.to_dict())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 _LIBRARY = torch.library.Library("gpt2fast", "DEF")
-_DEVICES = ("CPU", "CUDA", "Meta")
+_DEVICES = ("CPU", "CUDA", "MPS", "XPU", "Meta")
 
 
 def register_op(schema: str, implementation: Callable[..., Any]) -> Callable[..., Any]:

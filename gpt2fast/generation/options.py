@@ -55,11 +55,19 @@ class GenerationOptions:
     def of(cls, keywords: dict[str, Any]) -> "GenerationOptions":
         """Options from keyword arguments; None stands for the default where it has no meaning.
 
+        ``generation_config``, an object of transformers, gives what no keyword does.
+
         Raises:
             TypeError: a keyword is unknown.
             ValueError: see the class.
         """
         known = {field.name for field in fields(cls)}
+        generation_config = keywords.get("generation_config")
+        if generation_config is not None:
+            stated = generation_config.to_diff_dict()
+            # What is unknown here but switched off there changes nothing.
+            stated = {name: v for name, v in stated.items() if name in known or v}
+            keywords = {**stated, **keywords}
         keywords = {name: v for name, v in keywords.items() if name not in _WITHOUT_EFFECT}
         for name in keywords:
             if name not in known:
@@ -165,8 +173,15 @@ class GenerationOptions:
         return self.min_length
 
 
-# Keywords of transformers that cannot change the tokens: the cache is always used.
-_WITHOUT_EFFECT = ("use_cache",)
+# Keywords of transformers that cannot change the tokens here: the cache is always used, and a
+# generation_config has given its fields.
+_WITHOUT_EFFECT = (
+    "use_cache",
+    "generation_config",
+    "bos_token_id",
+    "transformers_version",
+    "_from_model_config",
+)
 
 # Fields for which None switches something off, as in transformers, rather than being absent.
 _OFF = ("top_k", "top_p", "min_p")
@@ -187,7 +202,7 @@ def _as_ids(value: Any) -> list[Any]:
 def _check_count(name: str, value: object, least: int) -> None:
     if value is None:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
         raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from gpt2fast import GPT2DoubleHeadsModel, GPT2LMHeadModel
@@ -222,3 +223,16 @@ def test_logprobs_are_the_models(model: GPT2LMHeadModel, padded: tuple[Tensor, T
             logprobs[row, :length], expected[row, :length], rtol=1e-5, atol=1e-5
         )
         assert (logprobs[row, length:] == 0).all()
+
+
+@pytest.mark.parametrize("keywords", [{}, {"max_new_tokens": 4}], ids=["config", "keyword wins"])
+def test_generation_config(pair: Pair, keywords: dict[str, Any]) -> None:
+    ours, reference = pair
+    ids = torch.randint(8, VOCAB_SIZE, (2, 6))
+    config = transformers.GenerationConfig(
+        max_new_tokens=9, repetition_penalty=1.4, eos_token_id=EOS, pad_token_id=0
+    )
+    expected = reference.generate(ids, generation_config=config, **keywords)
+    assert_same(ours.generate(ids, generation_config=config, **keywords), expected)
+    plain = ours.generate(ids, generation_config=reference.generation_config, max_new_tokens=5)
+    assert_same(plain, ours.generate(ids, max_new_tokens=5))

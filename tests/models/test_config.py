@@ -232,3 +232,14 @@ def test_files_that_are_no_configuration(text: str, message: str, tmp_path: Path
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         GPT2Config.from_json_file(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("kind", ["GPT2Model", "GPT2LMHeadModel", "GPT2DoubleHeadsModel"])
+def test_models_take_a_configuration_of_transformers(kind: str) -> None:
+    theirs = transformers.GPT2Config(**sizes(scale_attn_by_inverse_layer_idx=True))
+    model = getattr(gpt2fast, kind)(theirs)
+    assert isinstance(model.config, GPT2Config)
+    assert model.config.scale_attn_by_inverse_layer_idx
+    model.load_state_dict(getattr(transformers, kind)(theirs).state_dict())
+    with pytest.raises(TypeError, match=r"^expected a GPT2Config; got dict$"):
+        getattr(gpt2fast, kind)({"n_layer": 2})

@@ -23,6 +23,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "ids float": ({"input_ids": _ids(1.0)}, "input_ids must be integers; got torch.float32"),
     "ids bool": ({"input_ids": _ids(True)}, "input_ids must be integers; got torch.bool"),
     "ids complex": ({"input_ids": _ids(1j)}, "input_ids must be integers; got torch.complex64"),
+    "a list": ({"input_ids": [[1, 2]]}, "input_ids must be a tensor; got list"),
     # emptiness
     "nothing given": ({}, "give either input_ids or inputs_embeds, and not both"),
     "both given": (
@@ -290,6 +291,13 @@ def test_a_refused_call_leaves_the_past_usable() -> None:
         got = ours(ids[:, 4:], past)
         assert got.past_key_values.buffers is past.buffers  # nobody has claimed its slots
         assert torch.allclose(got.logits, ours(ids).logits[:, 4:], atol=1e-6)
+
+
+def test_a_past_on_another_device() -> None:
+    ours, _ = pair()
+    past = [torch.empty(2, 2, HEADS, 3, WIDTH // HEADS, device="meta")] * LAYERS
+    message = "the past must be on cpu, as the model; it is on meta"
+    _assert_refused(ours, {"input_ids": IDS, "past_key_values": past}, message)
 
 
 def test_a_nan_stays_visible() -> None:
