@@ -126,9 +126,10 @@ def weighted_attention(
     key, value = kv.to(q.dtype).unbind(0)
     if upcast:
         with torch.autocast(q.device.type, enabled=False):
-            scores = q.float() @ key.float().transpose(-1, -2) * scale
+            scores = (q.float() * scale) @ key.float().transpose(-1, -2)
     else:
-        scores = q @ key.transpose(-1, -2) * scale
+        # Scaled before the product, which float16 could not hold.
+        scores = (q * scale) @ key.transpose(-1, -2)
     if mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     else:

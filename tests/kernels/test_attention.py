@@ -86,6 +86,15 @@ def test_large_scores() -> None:
     assert_close("attention", "forward", out / 30, expected / 30)
 
 
+def test_unscaled_scores_beyond_float16() -> None:
+    """q k^T is near 100,000, past float16's 65,504; with the scale of 1/4 it is not."""
+    qkv = _tensors((1, 1, 6, 0, 16), torch.float16)[0]
+    qkv[..., :32] = 80 + qkv[..., :32] / 16
+    out, weights = kernels.weighted_attention(qkv, 1)
+    assert out.isfinite().all()
+    assert (weights.sum(-1) - 1).abs().max() < 5e-3  # six weights rounded to float16
+
+
 def _key_masks(batch: int, keys: int) -> dict[str, Tensor]:
     column = torch.arange(keys)
     rows = torch.arange(batch)[:, None]
