@@ -64,10 +64,7 @@ class SingleFile(Folder):
 
 
 class Archive(Folder):
-    """A pytorch-pretrained-BERT archive, unpacked for as long as this object lives.
-
-    Tensors mapped from the unpacked file outlive its removal.
-    """
+    """A pytorch-pretrained-BERT archive, unpacked for as long as this object lives."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(Path(tempfile.mkdtemp(prefix=f"{path.name}-")))
