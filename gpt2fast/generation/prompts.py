@@ -76,7 +76,8 @@ def prepare_prompts(
     check_range("input_ids", ids, config.vocab_size)
     ids = ids.to(device, torch.int64)
     if attention_mask is not None:
-        if attention_mask.dim() > 2 or attention_mask.numel() != ids.numel():
+        shapes = (ids.shape, ids.shape[1:]) if len(ids) == 1 else (ids.shape,)
+        if attention_mask.shape not in shapes:
             raise ValueError(
                 f"attention_mask must be {list(ids.shape)}, as input_ids; "
                 f"got {list(attention_mask.shape)}"
@@ -115,12 +116,12 @@ def _rows(prompts: Any) -> list[list[int]]:
         prompts = [prompts]
     rows = []
     for i, prompt in enumerate(prompts):
-        row = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
-        if not all(isinstance(token, int) for token in row):
+        row = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+        if not isinstance(row, Sequence) or not all(isinstance(token, int) for token in row):
             raise ValueError(f"prompt {i} must be a flat list of token ids")
         if not row:
             raise ValueError(f"prompt {i} is empty")
-        rows.append(row)
+        rows.append(list(row))
     if not rows:
         raise ValueError("input_ids holds no prompt")
     return rows

@@ -78,6 +78,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": []}, "input_ids holds no prompt"),
     ({"input_ids": [[9], []]}, "prompt 1 is empty"),
     ({"input_ids": [[9], [[8]]]}, "prompt 1 must be a flat list of token ids"),
+    ({"input_ids": [torch.tensor(9)]}, "prompt 0 must be a flat list of token ids"),
     ({"input_ids": "text"}, "input_ids must be a tensor or a list of token ids; got str"),
     (
         {"inputs": IDS},
@@ -86,6 +87,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (
         {"attention_mask": torch.ones(2, 4)},
         "attention_mask must be [2, 3], as input_ids; got [2, 4]",
+    ),
+    (
+        {"attention_mask": torch.ones(3, 2)},
+        "attention_mask must be [2, 3], as input_ids; got [3, 2]",
     ),
     (
         {"attention_mask": torch.ones(2, 1, 1, 3)},
