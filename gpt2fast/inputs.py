@@ -49,7 +49,7 @@ def check_range(name: str, values: Tensor, limit: int) -> None:
         raise ValueError(f"{name} must be integers; got {values.dtype}")
     if torch.compiler.is_compiling() or values.device.type == "meta" or not values.numel():
         return
-    low, high = (int(bound) for bound in torch.aminmax(values))
+    low, high = torch.stack(torch.aminmax(values)).tolist()  # one wait, not two
     if low < 0 or high >= limit:
         raise ValueError(f"{name} must be in [0, {limit}); got {low if low < 0 else high}")
 
@@ -62,33 +62,42 @@ def prepare_inputs(
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
     position_ids: Tensor | None,
-    device: torch.device,
+    weights_device: torch.device | None,
 ) -> ModelInputs:
     """Check and complete the arguments of `GPT2Model.forward`, which documents them.
+
+    Args:
+        weights_device: where everything goes; None for where the input is, if no weights are at
+            hand to tell (replicas of DataParallel, offloaded ones, positions that are computed).
 
     Raises:
         ValueError: see there.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds, and not both")
-    shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1]  # type: ignore[union-attr]
+    for name, value in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)):
+        if not isinstance(value, Tensor | None):
+            raise ValueError(f"{name} must be a tensor; got {type(value).__name__}")
+    if input_ids is not None:
+        given, shape = input_ids, input_ids.shape
+    else:
+        assert inputs_embeds is not None
+        given, shape = inputs_embeds, inputs_embeds.shape[:-1]
+    device = given.device if weights_device is None else weights_device
     if len(shape) == 0 or 0 in shape:
         raise ValueError(f"the input is empty: got shape {list(shape)}")
-    lead, length = tuple(shape[:-1]), shape[-1]
+    lead, batch, length = tuple(shape[:-1]), shape[:-1].numel(), shape[-1]
     if input_ids is not None:
         check_range("input_ids", input_ids, config.embedding_rows)
         input_ids = input_ids.to(device, torch.long).reshape(-1, length)
-        batch = input_ids.shape[0]
-    else:
-        assert inputs_embeds is not None
+    elif inputs_embeds is not None:
         if inputs_embeds.shape[-1] != config.n_embd:
             raise ValueError(
                 f"inputs_embeds must be [..., {config.n_embd}]; got {list(inputs_embeds.shape)}"
             )
         inputs_embeds = inputs_embeds.to(device).reshape(-1, length, config.n_embd)
-        batch = inputs_embeds.shape[0]
 
-    past = _check_past(past_key_values, batch, config)
+    past = _check_past(past_key_values, batch, config, device)
     past_length = 0 if past is None else past.get_seq_length()
     if token_type_ids is not None:
         if token_type_ids.numel() != batch * length or token_type_ids.shape[-1] != length:
@@ -102,7 +111,8 @@ def prepare_inputs(
         position_ids, key_mask, batch, length, past_length, config.n_positions, device
     )
     if key_mask is not None:
-        everything = not torch.compiler.is_compiling() and bool(key_mask.all())
+        readable = not (torch.compiler.is_compiling() or key_mask.is_meta)
+        everything = readable and bool(key_mask.all())
         mask = None if everything else kernels.prepare_mask(key_mask, length, device)
     return ModelInputs(
         input_ids,
@@ -115,7 +125,7 @@ def prepare_inputs(
     )
 
 
-def _check_past(past: Any, batch: int, config: GPT2Config) -> KVCache | None:
+def _check_past(past: Any, batch: int, config: GPT2Config, device: torch.device) -> KVCache | None:
     if past is None or (is_foreign(past) and past.get_seq_length() == 0):
         return None
     cache = KVCache.from_past(past)
@@ -125,6 +135,8 @@ def _check_past(past: Any, batch: int, config: GPT2Config) -> KVCache | None:
             f"the past must be {config.n_layer} layers of {expected}; "
             f"got {len(cache)} of {list(cache[0].shape)}"
         )
+    if cache[0].device != device:
+        raise ValueError(f"the past must be on {device}, as the model; it is on {cache[0].device}")
     return cache
 
 

@@ -18,7 +18,7 @@ from gpt2fast.generation import GenerationMixin
 from gpt2fast.inputs import check_range
 from gpt2fast.layers import is_plain
 from gpt2fast.outputs import CausalLMOutput, DeferredLogits, DoubleHeadsOutput, as_returned
-from gpt2fast.transformer import GPT2Model
+from gpt2fast.transformer import GPT2Model, resized_rows
 
 __all__ = ["GPT2DoubleHeadsModel", "GPT2LMHeadModel", "GPT2Model"]
 
@@ -28,6 +28,7 @@ class _HeadModel(GenerationMixin, PreTrainedModel):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
+        config = self.config
         self.transformer = GPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False, device="meta")
         if config.tie_word_embeddings:
@@ -66,10 +67,7 @@ class _HeadModel(GenerationMixin, PreTrainedModel):
         if self.config.tie_word_embeddings:
             head.weight = embeddings.weight
         else:
-            rows = min(head.out_features, embeddings.num_embeddings)
-            with torch.no_grad():
-                weight = head.weight.mean(0).repeat(embeddings.num_embeddings, 1)
-                weight[:rows] = head.weight[:rows]
+            weight = resized_rows(head.weight, embeddings.num_embeddings)
             head.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
         head.out_features = embeddings.num_embeddings
         return embeddings
@@ -213,11 +211,11 @@ class SequenceSummary(nn.Module):
         elif self.summary_type == "last" or cls_index is None:
             picked = hidden_states[..., -1, :]
         else:
-            picked = _pick_positions(hidden_states, cls_index)
+            picked = pick_positions(hidden_states, cls_index)
         return self.activation(self.summary(self.first_dropout(picked)))
 
 
-def _pick_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+def pick_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     """``hidden[..., positions[...], :]`` for hidden ``[..., T, C]``."""
     if positions.shape != hidden.shape[:-2]:
         raise ValueError(
@@ -225,9 +223,8 @@ def _pick_positions(hidden: Tensor, positions: Tensor) -> Tensor:
             f"got {list(positions.shape)}"
         )
     check_range("mc_token_ids", positions, hidden.shape[-2])
-    index = positions.to(hidden.device)[..., None, None].expand(
-        *positions.shape, 1, hidden.shape[-1]
-    )
+    index = positions.to(hidden.device, torch.long)[..., None, None]
+    index = index.expand(*positions.shape, 1, hidden.shape[-1])
     return hidden.gather(-2, index).squeeze(-2)
 
 
@@ -240,7 +237,7 @@ class GPT2DoubleHeadsModel(_HeadModel):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
-        self.multiple_choice_head = SequenceSummary(config)
+        self.multiple_choice_head = SequenceSummary(self.config)
         self._init_heads()
 
     def forward(
@@ -298,13 +295,13 @@ class GPT2DoubleHeadsModel(_HeadModel):
         mc_loss = None
         if mc_labels is not None:
             rows = mc_logits.view(-1, mc_logits.shape[-1])
-            targets = mc_labels.to(rows.device).view(-1)
+            targets = mc_labels.to(rows.device).flatten()
             if len(targets) != len(rows):
                 raise ValueError(
                     f"mc_labels must hold {len(rows)} choices; got {list(mc_labels.shape)}"
                 )
             check_range("mc_labels", targets[targets != -100], rows.shape[1])
-            mc_loss = F.cross_entropy(rows, targets)
+            mc_loss = F.cross_entropy(rows, targets.long())
         output = DoubleHeadsOutput(
             loss=loss,
             mc_loss=mc_loss,

@@ -35,6 +35,7 @@ class GPT2Model(PreTrainedModel):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
+        config = self.config
         self.wte = _embedding(config.embedding_rows, config.n_embd)
         self.wpe = _embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -108,18 +109,18 @@ class GPT2Model(PreTrainedModel):
             attention_mask,
             token_type_ids,
             position_ids,
-            next(self.wpe.parameters()).device,
+            next((p.device for p in self.wpe.parameters() if not p.is_meta), None),
         )
         hidden = self.drop(self._embed(inputs))
 
         past = inputs.past
         plain = use_cache and not output_attentions and head_mask is None
-        in_place = plain and self._appends_in_place(hidden, past)
+        in_place = plain and self._appends_in_place()
         grown: KVCache | None = None
         if in_place:
             if past is None:
                 shape = (hidden.shape[0], config.n_head, config.head_size)
-                dtype = _compute_dtype(hidden)
+                dtype = compute_dtype(hidden.dtype, hidden.device)
                 room = hidden.shape[1] + 1  # the usual next call brings one more token
                 past = KVCache.empty(config.n_layer, shape, dtype, hidden.device, room)
             grown = past.extended(hidden.shape[1])
@@ -172,16 +173,15 @@ class GPT2Model(PreTrainedModel):
         hidden = tokens + self.wpe(positions)
         return hidden if types is None else hidden + self.wte(types)
 
-    def _appends_in_place(self, hidden: Tensor, past: KVCache | None) -> bool:
-        """Whether keys and values may be written into a preallocated cache: no gradient needed."""
-        if torch.compiler.is_compiling():
-            return False  # the cache's bookkeeping is not for tracing
-        if any(block.training for block in self.h):
-            return False  # attention dropout is for the differentiable op
-        return not torch.is_grad_enabled() or not (
-            hidden.requires_grad
-            or (past is not None and any(layer.requires_grad for layer in past))
-            or any(p.requires_grad for p in self.h.parameters())
+    def _appends_in_place(self) -> bool:
+        """Whether keys and values may be written into a preallocated cache.
+
+        Only where autograd is off: a hook may bring a gradient into any layer of a frozen model.
+        """
+        return not (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()  # the cache's bookkeeping is not for tracing
+            or any(block.training for block in self.h)  # dropout is for the differentiable op
         )
 
     def resize_token_embeddings(
@@ -198,21 +198,27 @@ class GPT2Model(PreTrainedModel):
         if pad_to_multiple_of is not None:
             new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
         old = self.wte.weight
-        rows = min(len(old), new_num_tokens)
-        with torch.no_grad():
-            weight = old.float().mean(0).to(old.dtype).repeat(new_num_tokens, 1)
-            weight[:rows] = old[:rows]
+        weight = resized_rows(old, new_num_tokens)
         self.wte = nn.Embedding.from_pretrained(weight, freeze=not old.requires_grad)
         self.config.vocab_size = new_num_tokens
         return self.wte
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype that projections of ``hidden`` come out in."""
-    device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+@torch.no_grad()
+def resized_rows(weight: Tensor, rows: int) -> Tensor:
+    """A copy of ``[V, C]`` with ``rows`` rows: cut off, or filled up with the mean of the old."""
+    kept = min(len(weight), rows)
+    resized = weight.float().mean(0).to(weight.dtype).repeat(rows, 1)
+    resized[:kept] = weight[:kept]
+    return resized
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that projections of hidden states of ``dtype`` come out in."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
 
 
 def _layer_head_mask(head_mask: Tensor | None, layer: int, config: GPT2Config) -> Tensor | None:

@@ -13,6 +13,7 @@ from gpt2fast.generation.options import GenerationOptions, ScoresProcessor
 from gpt2fast.generation.prompts import Prompts, prepare_prompts
 from gpt2fast.generation.sampling import build_processors
 from gpt2fast.generation.stopping import Stopping, StopStrings
+from gpt2fast.transformer import compute_dtype
 
 if TYPE_CHECKING:
     from gpt2fast.model import GPT2DoubleHeadsModel, GPT2LMHeadModel
@@ -209,9 +210,8 @@ class Decoder:
         return self._forward(ids[:, self.past.get_seq_length() :], mask, None)
 
     def _empty_cache(self, batch: int, capacity: int) -> KVCache:
-        config, device, dtype = self._model.config, self._model.device, self._model.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        config, device = self._model.config, self._model.device
+        dtype = compute_dtype(self._model.dtype, device)
         shape = (batch, config.n_head, config.head_size)
         return KVCache.empty(config.n_layer, shape, dtype, device, capacity)
 

@@ -12,7 +12,7 @@ from gpt2fast.inputs import check_range
 from gpt2fast.layers import is_plain
 from gpt2fast.legacy.base import GPT2Model, GPT2PreTrainedModel
 from gpt2fast.legacy.config import GPT2Config
-from gpt2fast.model import _pick_positions
+from gpt2fast.model import pick_positions
 
 
 class GPT2LMHead(nn.Module):
@@ -42,7 +42,7 @@ class GPT2LMHead(nn.Module):
 
         Args:
             hidden_state: ``[..., T, C]``.
-            labels: ``[..., T]`` int64, shifted here.
+            labels: ``[..., T]`` integers, shifted here.
 
         Raises:
             ValueError: labels of another shape or out of range.
@@ -61,7 +61,7 @@ class GPT2LMHead(nn.Module):
             return kernels.lm_head_loss(rows, weight, targets, ignore_index=-1)
         logits = self(rows).float()
         check_range("lm_labels", targets[targets != -1], logits.shape[-1])
-        return F.cross_entropy(logits, targets, ignore_index=-1)
+        return F.cross_entropy(logits, targets.long(), ignore_index=-1)
 
 
 class GPT2MultipleChoiceHead(nn.Module):
@@ -75,7 +75,7 @@ class GPT2MultipleChoiceHead(nn.Module):
 
     def forward(self, hidden_states: Tensor, mc_token_ids: Tensor) -> Tensor:
         """``[B, choices, T, C]`` and positions ``[B, choices]`` to scores ``[B, choices]``."""
-        picked = _pick_positions(hidden_states, mc_token_ids)
+        picked = pick_positions(hidden_states, mc_token_ids)
         picked = self.dropout(picked.transpose(-1, -2)).transpose(-1, -2)
         return self.linear(picked).squeeze(-1)
 
@@ -193,5 +193,5 @@ class GPT2DoubleHeadsModel(_HeadModel):
                     f"mc_labels must hold {len(scores)} choices; got {list(mc_labels.shape)}"
                 )
             check_range("mc_labels", targets[targets != -100], scores.shape[-1])
-            losses.append(F.cross_entropy(scores, targets))
+            losses.append(F.cross_entropy(scores, targets.long()))
         return losses

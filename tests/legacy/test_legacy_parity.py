@@ -177,6 +177,13 @@ def test_double_heads_choice_loss_is_the_reference_s_own(double_heads: Pair) -> 
     assert_same(ours[0], theirs[0])
 
 
+def test_double_heads_labels_of_another_integer_dtype(double_heads: Pair) -> None:
+    ours, _ = double_heads
+    ids, places, choice = ids_of(2, 3, 11), torch.full((2, 3), 10), torch.tensor([1, 2])
+    losses = ours(ids, places, ids.int(), choice.int())
+    assert torch.equal(torch.stack(losses), torch.stack(ours(ids, places, ids, choice)))
+
+
 def test_double_heads_other_arguments_by_position(double_heads: Pair) -> None:
     ours, theirs = double_heads
     ids, places = ids_of(2, 3, 5), torch.full((2, 3), 4)

@@ -132,6 +132,15 @@ class TestDoubleHeads:
         assert_gradients(ours, reference, but=[bias])
         assert ours.get_parameter(bias).grad.abs() < 1e-6
 
+    def test_choices_of_any_integer_dtype(self) -> None:
+        ours, _ = pair("GPT2DoubleHeadsModel")
+        ids, places, labels = tokens(2, 3, 9), torch.randint(9, (2, 3)), torch.tensor([2, 0])
+        with torch.no_grad():
+            want = ours(ids, mc_token_ids=places, mc_labels=labels)
+            got = ours(ids, mc_token_ids=places.int(), mc_labels=labels.int())
+        assert torch.equal(got.mc_loss, want.mc_loss)
+        assert torch.equal(got.mc_logits, want.mc_logits)
+
     def test_default_position_is_the_last(self) -> None:
         ours, reference = pair("GPT2DoubleHeadsModel")
         ids = tokens(2, 3, 9)

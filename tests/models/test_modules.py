@@ -267,6 +267,20 @@ class TestReplacedModules:
         with torch.no_grad():
             assert_forward(ours(ids).logits, reference(ids).logits)
 
+    def test_positions_without_parameters(self) -> None:
+        """Nothing but the input tells the device, as in a replica of DataParallel."""
+        ours, reference = pair()
+        ids = tokens(2, 5)
+
+        class Waves(nn.Module):
+            def forward(self, positions: Tensor) -> Tensor:
+                return (positions[..., None] * torch.linspace(0, 1, WIDTH)).sin()
+
+        for model in (ours, reference):
+            model.transformer.wpe = Waves()
+        with torch.no_grad():
+            assert_forward(ours(ids).logits, reference(ids).logits)
+
 
 class TestCopies:
     @pytest.mark.parametrize("kind", KINDS)

@@ -373,7 +373,7 @@ def test_meta_device() -> None:
         model = gpt2fast.GPT2LMHeadModel(gpt2fast.GPT2Config(**sizes())).eval()
         ids = torch.zeros(2, 7, dtype=torch.long)
         with torch.no_grad():
-            output = model(ids, labels=ids)
+            output = model(ids, labels=ids, attention_mask=torch.ones_like(ids))
     assert output.logits.shape == (2, 7, 97)
     assert output.logits.device.type == "meta"
     assert output.past_key_values[0].shape == (2, 2, HEADS, 7, WIDTH // HEADS)

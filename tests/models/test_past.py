@@ -148,11 +148,18 @@ class TestModes:
         assert longer.buffers is past.buffers
         assert branch.buffers is not past.buffers
 
-    def test_a_frozen_model_appends_in_place_too(self) -> None:
-        ours, _ = pair()
-        ours.requires_grad_(False)
-        past = ours(tokens(1, 3)).past_key_values
-        assert ours(tokens(1, 1), past).past_key_values.buffers is past.buffers
+    def test_a_hook_may_bring_a_gradient_into_a_frozen_model(self) -> None:
+        """As steering vectors do: the default cache must not get into their way."""
+        ours, reference = pair()
+        ids, gradients = tokens(2, 5), []
+        for model in (ours, reference):
+            model.requires_grad_(False)
+            vector = torch.ones(WIDTH, dtype=model.dtype, requires_grad=True)
+            model.transformer.h[0].register_forward_hook(lambda _m, _a, out, v=vector: out + v)
+            out = model(ids[:, :3], use_cache=True)
+            out = model(ids[:, 3:], past_key_values=out.past_key_values)
+            gradients += torch.autograd.grad(out.logits.sin().sum(), vector)
+        assert_forward(*gradients)
 
     def test_inference_caches_outside_of_inference_mode(self) -> None:
         ours, reference = pair()
