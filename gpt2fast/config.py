@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ ACTIVATIONS = (*TANH_GELU, "gelu", "relu", "silu", "swish", "tanh", "sigmoid")
 SUMMARY_ACTIVATIONS = (None, "tanh")
 SUMMARY_TYPES = ("last", "first", "mean", "cls_index")
 
+_LOCATION = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "subfolder",
+)
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 _PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout")
 _FLAGS = tuple(name for name, value in _DEFAULTS.items() if isinstance(value, bool))
@@ -229,6 +238,33 @@ class GPT2Config:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a JSON configuration: {error}") from error
         return cls.from_dict(fields, **overrides)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | PathLike[str], **options: Any) -> "GPT2Config":
+        """The configuration of a checkpoint, without its weights.
+
+        Args:
+            name_or_path: "bundled", a folder, a file of weights or a repository of the Hub, as for
+                the models.
+            **options: ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+                ``force_download`` and ``subfolder``, as for the models; others are fields to
+                change.
+
+        Raises:
+            ValueError, OSError: as `from_json_file`; FileNotFoundError where there is none.
+        """
+        from gpt2fast.checkpoint.sources import locate  # which loads torch
+
+        where = {name: options.pop(name) for name in _LOCATION if name in options}
+        source = locate(name_or_path, **where)
+        if (path := source.get("config.json")) is None:
+            raise source.missing("config.json")
+        return cls.from_json_file(path, **options)
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write ``config.json`` to a folder, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.to_json_file(Path(folder) / "config.json")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and ``model_type``, as ``config.json`` holds them."""
