@@ -56,7 +56,10 @@ def test_same_beams(
         (output.logits, expected.logits),
     ):
         assert len(ours_steps) == len(expected_steps)
-        torch.testing.assert_close(ours_steps[0], expected_steps[0], rtol=1e-5, atol=1e-5)
+        # Without the padding's token, 0: some releases of transformers count it as repeated.
+        torch.testing.assert_close(
+            ours_steps[0][:, 1:], expected_steps[0][:, 1:], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_beams_find_likelier_text_than_greedy(model: GPT2LMHeadModel) -> None:
