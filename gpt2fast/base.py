@@ -84,11 +84,23 @@ class PreTrainedModel(nn.Module):
             parameter.normal_(0.0, std)
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
-        """Recompute each layer's activations in the backward pass instead of keeping them."""
+        """Recompute each layer's activations in the backward pass instead of keeping them.
+
+        Raises:
+            ValueError: ``use_reentrant``, ``every_n_layers`` or ``offload`` is not the default.
+        """
         if gradient_checkpointing_kwargs and gradient_checkpointing_kwargs.get("use_reentrant"):
             raise ValueError("gradient_checkpointing_kwargs: only use_reentrant=False is supported")
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                "only every_n_layers=1 and offload=False are supported; "
+                f"got {every_n_layers} and {offload}"
+            )
         self._set_gradient_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:

@@ -99,7 +99,7 @@ class _HeadModel(GenerationMixin, PreTrainedModel):
         else:
             logits = scores = head(hidden)
             rows = (scores[..., :-1, :] if shift else scores).flatten(0, -2).float()
-            check_range("labels", targets[targets != -100], rows.shape[1])
+            check_range("labels", targets.masked_fill(targets == -100, 0), rows.shape[1])
             loss = F.cross_entropy(rows, targets.long(), ignore_index=-100, reduction=reduction)
         if num_items_in_batch is not None:
             loss = loss / num_items_in_batch
@@ -135,7 +135,8 @@ class GPT2LMHeadModel(_HeadModel):
         return_dict: bool | None = None,
         head_mask: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
+        # Not by name: transformers' Trainer takes every "label" in the signature for required.
+        **loss_options: Tensor | None,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits of every position and, with labels, the language-model loss.
 
@@ -152,7 +153,11 @@ class GPT2LMHeadModel(_HeadModel):
 
         Raises:
             ValueError: as `GPT2Model.forward`; labels of another shape or out of range.
+            TypeError: an unknown keyword.
         """
+        shift_labels = loss_options.pop("shift_labels", None)
+        if loss_options:
+            raise TypeError(f"forward got an unexpected keyword argument {min(loss_options)!r}")
         body = self.transformer(
             input_ids,
             past_key_values,
@@ -300,7 +305,7 @@ class GPT2DoubleHeadsModel(_HeadModel):
                 raise ValueError(
                     f"mc_labels must hold {len(rows)} choices; got {list(mc_labels.shape)}"
                 )
-            check_range("mc_labels", targets[targets != -100], rows.shape[1])
+            check_range("mc_labels", targets.masked_fill(targets == -100, 0), rows.shape[1])
             mc_loss = F.cross_entropy(rows, targets.long())
         output = DoubleHeadsOutput(
             loss=loss,

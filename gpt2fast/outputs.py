@@ -80,7 +80,8 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
-            return self.to_tuple()[key]
+            names = tuple(self.keys())[key]  # computes no logits that are not asked for
+            return self[names] if isinstance(names, str) else tuple(self[n] for n in names)
         value = super().__getitem__(key)
         if isinstance(value, DeferredLogits):
             value = value.compute()

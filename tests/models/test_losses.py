@@ -1,7 +1,10 @@
 """How labels become a loss: counting, shifting, nothing to predict, and unusual heads."""
 
+import inspect
+
 import pytest
 import torch
+from transformers.utils.generic import find_labels
 
 from tests.models.reference import (
     VOCAB,
@@ -40,6 +43,15 @@ class TestLosses:
         with torch.no_grad():
             want = ours(ids, labels=ids).loss
             assert torch.allclose(ours(ids, shift_labels=shifted).loss, want)
+
+    def test_the_trainer_finds_labels_and_passes_counts(self) -> None:
+        """It looks at the signature: evaluation has a loss only where all it finds are given."""
+        ours, reference = pair()
+        assert find_labels(type(ours)) == find_labels(type(reference)) == ["labels"]
+        parameters = inspect.signature(ours.forward).parameters.values()
+        assert any(p.kind is p.VAR_KEYWORD for p in parameters)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'label'"):
+            ours(tokens(1, 3), label=tokens(1, 3))
 
     @pytest.mark.parametrize("length", [1, 5])
     def test_nothing_to_predict(self, length: int) -> None:

@@ -220,6 +220,14 @@ class TestCheckpointing:
         with pytest.raises(ValueError, match=r"^gradient_checkpointing_kwargs: only use_reentrant"):
             pair()[0].gradient_checkpointing_enable({"use_reentrant": True})
 
+    def test_what_the_trainer_passes(self) -> None:
+        ours, _ = pair()
+        ours.gradient_checkpointing_enable(None, every_n_layers=1, offload=False)
+        assert ours.is_gradient_checkpointing
+        for unsupported in ({"every_n_layers": 2}, {"offload": True}):
+            with pytest.raises(ValueError, match="only every_n_layers=1 and offload=False"):
+                ours.gradient_checkpointing_enable(None, **unsupported)
+
 
 class TestDropout:
     def test_same_seed_same_draw_as_transformers(self) -> None:

@@ -97,7 +97,8 @@ class TestDeferredLogits:
         output.loss.backward()
         assert isinstance(_raw(output), DeferredLogits)
         assert output.past_key_values is not None
-        assert output["loss"] is output.loss
+        assert output["loss"] is output[0] is output.loss
+        assert output[2:] == (output[-1],)
         assert "logits" in output
         assert len(output) == 3
         repr(list(output.keys()))
