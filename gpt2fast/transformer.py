@@ -124,13 +124,14 @@ class GPT2Model(PreTrainedModel):
                 room = hidden.shape[1] + 1  # the usual next call brings one more token
                 past = KVCache.empty(config.n_layer, shape, dtype, hidden.device, room)
             grown = past.extended(hidden.shape[1])
+        heads = None if head_mask is None else _layer_head_masks(head_mask, config, hidden.device)
         passes = [
             LayerPass(
                 mask=inputs.mask,
                 past_kv=None if past is None or in_place else past[i],
                 buffer=None if grown is None else grown.buffers[i],
                 start=inputs.past_length,
-                head_mask=_layer_head_mask(head_mask, i, config),
+                head_mask=None if heads is None else heads[i],
                 keep_weights=output_attentions,
                 keep_kv=use_cache and not in_place,
             )
@@ -221,17 +222,14 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _layer_head_mask(head_mask: Tensor | None, layer: int, config: GPT2Config) -> Tensor | None:
-    """Layer's part of a ``[H]`` or ``[L, H]`` mask, shaped to multiply ``[B, H, T, S]``."""
-    if head_mask is None:
-        return None
-    heads = config.n_head
-    if head_mask.shape not in ((heads,), (config.n_layer, heads)):
+def _layer_head_masks(head_mask: Tensor, config: GPT2Config, device: torch.device) -> Tensor:
+    """A ``[H]`` or ``[L, H]`` mask as ``[L, 1, H, 1, 1]``: each layer's multiplies its weights."""
+    layers, heads = config.n_layer, config.n_head
+    if head_mask.shape not in ((heads,), (layers, heads)):
         raise ValueError(
-            f"head_mask must be [{heads}] or [{config.n_layer}, {heads}]; "
-            f"got {list(head_mask.shape)}"
+            f"head_mask must be [{heads}] or [{layers}, {heads}]; got {list(head_mask.shape)}"
         )
-    return (head_mask if head_mask.dim() == 1 else head_mask[layer]).view(1, heads, 1, 1)
+    return head_mask.to(device).expand(layers, heads).view(layers, 1, heads, 1, 1)
 
 
 def _update_foreign(foreign: Any, present: KVCache, start: int) -> Any:

@@ -136,7 +136,7 @@ def weighted_attention(
         scores = scores + mask
     weights = F.dropout(scores.softmax(-1).to(value.dtype), dropout_p, training=dropout_p > 0)
     if head_mask is not None:
-        weights = weights * head_mask
+        weights = weights * head_mask.to(weights.dtype)
     return (weights @ value).transpose(1, 2).flatten(2), weights
 
 

@@ -60,7 +60,7 @@ class GPT2LMHead(nn.Module):
                 weight = weight[: self.vocab_size]
             return kernels.lm_head_loss(rows, weight, targets, ignore_index=-1)
         logits = self(rows).float()
-        check_range("lm_labels", targets[targets != -1], logits.shape[-1])
+        check_range("lm_labels", targets.masked_fill(targets == -1, 0), logits.shape[-1])
         return F.cross_entropy(logits, targets.long(), ignore_index=-1)
 
 
@@ -192,6 +192,6 @@ class GPT2DoubleHeadsModel(_HeadModel):
                 raise ValueError(
                     f"mc_labels must hold {len(scores)} choices; got {list(mc_labels.shape)}"
                 )
-            check_range("mc_labels", targets[targets != -100], scores.shape[-1])
+            check_range("mc_labels", targets.masked_fill(targets == -100, 0), scores.shape[-1])
             losses.append(F.cross_entropy(scores, targets.long()))
         return losses

@@ -213,6 +213,15 @@ def test_head_mask_multiplies_the_weights() -> None:
     )
 
 
+def test_head_mask_of_another_dtype() -> None:
+    qkv, head_mask = _tensors((2, 3, 5, 0, 8), torch.bfloat16)[0], torch.tensor([1.0, 0.0, 0.5])
+    out, weights = kernels.weighted_attention(qkv, 3, head_mask=head_mask.view(1, 3, 1, 1))
+    same = head_mask.view(1, 3, 1, 1).bfloat16()
+    expected, _ = kernels.weighted_attention(qkv, 3, head_mask=same)
+    assert out.dtype == weights.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+
+
 def test_packed_kv() -> None:
     qkv, past = _tensors((2, 3, 4, 5, 8))
     kv = kernels.packed_kv(qkv, 3)
