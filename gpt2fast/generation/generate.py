@@ -196,6 +196,8 @@ class GenerationMixin:
             return_dict_in_generate: return a `GenerateOutput`.
             output_scores, output_logits, output_logprobs: put these into it.
             use_cache: accepted without effect: the past is always used.
+            generation_config: an object of transformers; its fields count where no keyword is
+                given.
 
         Returns:
             ``[R, T + S]`` int64 on the device of ``input_ids``, prompts and new tokens, for
