@@ -134,7 +134,7 @@ def sample(scores: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         scores: ``[B, V]``, as `check_scores` wants them.
-        uniform: ``[B]`` float64 in [0, 1).
+        uniform: ``[B]`` float64 in [0, 1); on the CPU where the scores' device has no float64.
 
     Returns:
         ``[B]``, int64; a token of probability 0 is never drawn.
@@ -145,7 +145,7 @@ def sample(scores: Tensor, uniform: Tensor) -> Tensor:
     total = cumulative[:, -1]
     # Strictly below the total, so that the search ends on a token of positive probability.
     below = torch.nextafter(total, torch.zeros_like(total))
-    point = torch.minimum(uniform.to(dtype) * total, below)
+    point = torch.minimum(uniform.to(dtype).to(total.device) * total, below)
     return torch.searchsorted(cumulative, point[:, None], right=True).squeeze(1)
 
 
