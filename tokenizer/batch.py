@@ -18,11 +18,11 @@ class BatchEncoding(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"no {name!r} here, only {', '.join(self)}") from None
 
-    def to(self, device: Any) -> "BatchEncoding":
+    def to(self, device: Any, *, non_blocking: bool = False) -> "BatchEncoding":
         """Move the tensors to ``device``; returns this object."""
         for name, value in self.items():
             if hasattr(value, "to"):
-                self[name] = value.to(device)
+                self[name] = value.to(device, non_blocking=non_blocking)
         return self
 
 

@@ -160,6 +160,10 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     *,
     max_shard_size: int | str | None = None,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    safe_serialization: bool = True,
+    save_function: Any = None,
 ) -> None:
     """Write ``config.json`` and the weights as safetensors, as transformers reads them.
 
@@ -171,10 +175,28 @@ def save_pretrained(
         folder: where to write; made if need be.
         max_shard_size: split the weights into files of at most so many bytes, or a text such as
             "200MB"; None for one file.
+        is_main_process: False writes nothing, for all processes but one of a distributed run.
+        state_dict: tensors to write instead of the model's, such as those gathered from its shards.
+        safe_serialization: must be True.
+        save_function: accepted without effect.
+
+    Raises:
+        ValueError: ``safe_serialization`` is False; ``state_dict`` lacks a parameter.
     """
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False: only safetensors are written")
+    if not is_main_process:
+        return
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    if state_dict is not None:
+        given = rename_for(model, state_dict)
+        merge_tied(model, given)
+        if missing := tensors.keys() - given.keys():
+            raise ValueError(f"state_dict lacks {_listed(missing)}")
+        tensors = {name: given[name] for name in tensors}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(dict(model.named_parameters()), folder, max_shard_size)
+    write_tensors(tensors, folder, max_shard_size)
     fields = {
         **model.config.to_dict(),
         "architectures": [type(model).__name__],

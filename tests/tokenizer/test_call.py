@@ -181,7 +181,7 @@ def test_the_collator_of_transformers_takes_it(padding) -> None:
 
 def test_an_encoding_moves_to_a_device(tokenizer) -> None:
     encoding = tokenizer("Hello", return_tensors="pt")
-    assert encoding.to("meta") is encoding
+    assert encoding.to("meta", non_blocking=True) is encoding
     assert encoding.input_ids.device.type == "meta"
     assert isinstance(tokenizer("Hello").to("cpu"), BatchEncoding)
     assert {**encoding}.keys() == {"input_ids", "attention_mask"}
