@@ -46,6 +46,18 @@ _WITHOUT_EFFECT = {
     "use_safetensors",
     "weights_only",
 }
+# More of them, which mean something only where they are set: passed unset, as scripts do, they pass.
+_UNSET_ONLY = {
+    "from_flax",
+    "from_tf",
+    "ignore_mismatched_sizes",
+    "offload_folder",
+    "offload_state_dict",
+    "proxies",
+    "quantization_config",
+    "resume_download",
+    "variant",
+}
 # Fields that a configuration may have, though by default it does not.
 _OPTIONAL_FIELDS = {"num_labels", "output_attentions", "output_hidden_states", "return_dict"}
 _AUTO_DEVICES = {"auto", "balanced", "balanced_low_0", "sequential"}
@@ -114,7 +126,9 @@ def from_pretrained(
         ConnectionError: a download failed.
         TypeError: a keyword is neither an argument nor a field of the configuration.
     """
-    overrides = {key: value for key, value in overrides.items() if key not in _WITHOUT_EFFECT}
+    for key in [*overrides]:
+        if key in _WITHOUT_EFFECT or (key in _UNSET_ONLY and not overrides[key]):
+            del overrides[key]
     if name_or_path is None:
         if config is None or state_dict is None:
             raise ValueError("without name_or_path, both config and state_dict must be given")

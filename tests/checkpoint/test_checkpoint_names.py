@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+import transformers
+from pytorch_pretrained_bert import modeling_gpt2 as reference
 
 from gpt2fast import GPT2Config, GPT2DoubleHeadsModel, GPT2LMHeadModel, GPT2Model
 from gpt2fast.checkpoint import CheckpointError
@@ -207,7 +209,6 @@ def test_missing_parameters_are_initialised_as_a_new_models(lm, save_pickle):
 
 
 def test_dump_of_pytorch_pretrained_bert(tmp_path):
-    reference = pytest.importorskip("pytorch_pretrained_bert.modeling_gpt2")
     old_config = reference.GPT2Config(61, n_positions=16, n_ctx=16, n_embd=16, n_layer=2, n_head=2)
     ids = torch.randint(0, 61, (2, 3, 7))
     old = reference.GPT2DoubleHeadsModel(old_config).eval()
@@ -226,7 +227,6 @@ def test_dump_of_pytorch_pretrained_bert(tmp_path):
 
 
 def test_state_dicts_interchange_with_transformers(lm, config):
-    transformers = pytest.importorskip("transformers")
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config.to_dict())).eval()
     theirs.load_state_dict(lm.state_dict())
     ids = torch.randint(0, 61, (2, 9))

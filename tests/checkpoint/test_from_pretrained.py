@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +28,6 @@ def assert_same(model, expected):
 @pytest.fixture(params=NAMES)
 def pair(request, config):
     """A class of ours, and a randomised model of transformers' class of that name."""
-    transformers = pytest.importorskip("transformers")
     theirs = getattr(transformers, request.param)(transformers.GPT2Config(**config.to_dict()))
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -309,7 +309,6 @@ def test_config_in_every_form(lm, config, saved, tmp_path):
 
 
 def test_config_of_transformers(lm, config, saved):
-    transformers = pytest.importorskip("transformers")
     given = transformers.GPT2Config(**config.to_dict())
     assert_same(GPT2LMHeadModel.from_pretrained(saved, config=given), lm)
 
@@ -341,9 +340,13 @@ def test_keywords_of_transformers_without_effect_here(lm, saved):
         attn_implementation="eager",
         use_safetensors=True,
         trust_remote_code=False,
+        ignore_mismatched_sizes=False,
+        quantization_config=None,
     )
     assert_same(model, lm)
     assert not hasattr(model.config, "low_cpu_mem_usage")
+    with pytest.raises(TypeError, match=r"^'ignore_mismatched_sizes' is neither an argument nor"):
+        GPT2LMHeadModel.from_pretrained(saved, ignore_mismatched_sizes=True)
 
 
 def test_state_dict_given(lm, config, saved):
