@@ -46,7 +46,7 @@ _WITHOUT_EFFECT = {
     "use_safetensors",
     "weights_only",
 }
-# More of them, which mean something only where they are set: passed unset, as scripts do, they pass.
+# More of them, which say something only where they are set; scripts pass them unset.
 _UNSET_ONLY = {
     "from_flax",
     "from_tf",
