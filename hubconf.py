@@ -9,7 +9,7 @@ The first argument of every entry point is a published model's name ("gpt2", "gp
 
 import typing
 
-dependencies = ["torch", "numpy", "regex", "safetensors", "huggingface_hub"]
+dependencies = ["torch", "numpy", "regex", "safetensors", "huggingface_hub", "tqdm"]
 
 # The package is imported inside the entry points: torch.hub checks `dependencies` after importing
 # this file, and takes every public callable in it for an entry point.

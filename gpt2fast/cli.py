@@ -182,7 +182,7 @@ def _generate(args: argparse.Namespace) -> int:
     from gpt2fast.generation.options import GenerationOptions
     from gpt2fast.model import GPT2LMHeadModel
 
-    device = _device(args.device)
+    device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     tokenizer = _tokenizer(args.model)
@@ -314,7 +314,12 @@ def _read_prompt(argument: str | None, file: str | None) -> str:
     return prompt
 
 
-def _device(name: str | None) -> "torch.device":
+def pick_device(name: str | None) -> "torch.device":
+    """The device of ``--device``: the one named, else the first GPU, else the CPU.
+
+    Raises:
+        ValueError: it names no device that is here.
+    """
     import torch
 
     count = torch.cuda.device_count()

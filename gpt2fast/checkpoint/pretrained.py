@@ -178,6 +178,7 @@ def save_pretrained(
     state_dict: Mapping[str, Tensor] | None = None,
     safe_serialization: bool = True,
     save_function: Any = None,
+    storage_dtype: torch.dtype | None = None,
 ) -> None:
     """Write ``config.json`` and the weights as safetensors, as transformers reads them.
 
@@ -193,6 +194,8 @@ def save_pretrained(
         state_dict: tensors to write instead of the model's, such as those gathered from its shards.
         safe_serialization: must be True.
         save_function: accepted without effect.
+        storage_dtype: of the weights on disk; the configuration goes on naming the model's own,
+            in which loading gives them back. None for the model's.
 
     Raises:
         ValueError: ``safe_serialization`` is False; ``state_dict`` lacks a parameter.
@@ -208,6 +211,8 @@ def save_pretrained(
         if missing := tensors.keys() - given.keys():
             raise ValueError(f"state_dict lacks {_listed(missing)}")
         tensors = {name: given[name] for name in tensors}
+    if storage_dtype is not None:
+        tensors = {name: tensor.to(storage_dtype) for name, tensor in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, folder, max_shard_size)

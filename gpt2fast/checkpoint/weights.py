@@ -277,7 +277,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A new file to write, which takes the place of ``path`` once complete and on the disk."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

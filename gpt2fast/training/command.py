@@ -126,7 +126,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--export-dtype",
         choices=("float32", "float16"),
         default="float16",
-        help="of the exported model.safetensors (%(default)s)",
+        help="of the weights in the exported model.safetensors (%(default)s); "
+        "they are loaded in float32 either way",
     )
 
 
@@ -149,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
+    from gpt2fast.cli import pick_device
     from gpt2fast.training.data import find_files, load_tokens
     from gpt2fast.training.state import checkpoint_files
     from gpt2fast.training.trainer import Settings, Trainer
@@ -160,10 +162,10 @@ def _run(args: argparse.Namespace) -> int:
     if checkpoint_files(out / "checkpoints") and not args.resume:
         raise ValueError(f"{out} holds a run already: add --resume, or choose another --out")
 
+    device = pick_device(args.device)
     cache = Path(args.cache_dir).expanduser()
     train = load_tokens(find_files(args.data), cache)
     valid = load_tokens(find_files(args.valid), cache) if args.valid else None
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     model = _build_model(args).to(device)
     trainer = Trainer(
@@ -230,10 +232,10 @@ def _finish(args: argparse.Namespace, trainer: Any) -> None:
         "training_tokens": len(trainer.order.tokens),
         "settings": asdict(trainer.settings),
     }
-    # Scored as exported: rounded to the dtype that goes on disk.
-    model.to(getattr(torch, args.export_dtype))
-    model.save_pretrained(out)
-    model.float()
+    # Scored as exported: rounded to the dtype that goes on disk, computed in float32.
+    storage_dtype = getattr(torch, args.export_dtype)
+    model.to(storage_dtype).float()
+    model.save_pretrained(out, storage_dtype=storage_dtype)
     if valid is not None:
         summary["validation_tokens"] = len(valid)
         for row_tokens in sorted({args.row_tokens, model.config.n_positions}):

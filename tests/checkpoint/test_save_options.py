@@ -1,10 +1,12 @@
 """save_pretrained as training loops on accelerate call it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gpt2fast import GPT2LMHeadModel
 
@@ -36,3 +38,21 @@ def test_refused(lm: GPT2LMHeadModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only safetensors"):
         lm.save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_stored_in_half_and_loaded_as_it_was(lm: GPT2LMHeadModel, tmp_path: Path) -> None:
+    lm.save_pretrained(tmp_path, storage_dtype=torch.float16)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {
+        torch.float16
+    }
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+    for name, parameter in lm.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter.half().float()), name
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+def test_files_are_as_readable_as_any_other(lm: GPT2LMHeadModel, tmp_path: Path) -> None:
+    lm.save_pretrained(tmp_path)
+    (tmp_path / "other").touch()
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -32,7 +32,7 @@ RECORDED_LOSS = 3.2056
 
 @pytest.fixture(scope="module")
 def model():
-    return GPT2LMHeadModel.from_pretrained("bundled", dtype=torch.float32)
+    return GPT2LMHeadModel.from_pretrained("bundled")
 
 
 @pytest.fixture(scope="module")

@@ -134,6 +134,8 @@ def test_a_signal_saves_and_a_finished_run_leaves_everything(tmp_path, texts):
         (["--steps", "1", "--data", "/nothing/here.txt"], "no file matches '/nothing/here.txt'"),
         ([], "give the run a length"),
         (["--steps", "1", "--preset", "gpt3"], "got 'gpt3'"),
+        (["--steps", "1", "--device", "foo"], "--device must be cpu, cuda or cuda:N; got 'foo'"),
+        (["--steps", "1", "--seed", "-1"], "seed must be in [0, 2**31), got -1"),
         (["--steps", "1", "--init-from", "x", "--n-embd", "8"], "--init-from brings its own sizes"),
     ],
 )
