@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from gpt2fast import GPT2LMHeadModel, GPT2Tokenizer
-from gpt2fast.checkpoint import sources
 from gpt2fast.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -337,10 +336,6 @@ def test_dtype_and_threads_reach_the_model(run: Run, monkeypatch: pytest.MonkeyP
     assert seen == [(torch.float32, device, threads), (torch.bfloat16, device, 1)]
 
 
-@pytest.mark.skipif(
-    not (sources.BUNDLED_FOLDER / "config.json").is_file(),
-    reason="no bundled checkpoint in the tree",
-)
 def test_the_bundled_model_writes_words(run: Run) -> None:
     status, out, _ = run(PROMPT, "--seed", "0", "--max-new-tokens", "60", model="bundled")
     assert status == 0

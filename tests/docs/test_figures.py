@@ -30,3 +30,13 @@ def test_tokenizer_figures_are_those_of_the_record() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tokenizer_table(record) in readme
     assert f"{record['processor']}, {record['cores']} cores" in readme
+
+
+def test_losses_of_the_bundled_model() -> None:
+    summary = json.loads((ROOT / "gpt2fast/bundled/summary.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    card = (ROOT / "gpt2fast/bundled/README.md").read_text(encoding="utf-8")
+    for name in ("rows_of_1024", "bigram", "unigram"):
+        loss = summary[f"validation_loss_{name}"]
+        assert f"{loss:.2f}" in readme, name
+        assert f"{loss:.3f}" in card, name

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from gpt2fast.checkpoint import sources
 from gpt2fast.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,14 +18,6 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture
-def bundled(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in for the bundled checkpoint in a tree that has none yet."""
-    if not (sources.BUNDLED_FOLDER / "config.json").is_file():
-        monkeypatch.setattr(sources, "BUNDLED_FOLDER", tiny)
-
-
-@pytest.mark.usefixtures("bundled")
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_python_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = blocks("python")[number].replace("path/to/gpt2fast", str(ROOT))

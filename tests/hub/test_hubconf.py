@@ -22,13 +22,11 @@ from tests.hub import hub_example
 from tests.tolerances import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
-BUNDLED = (ROOT / "gpt2fast" / "bundled" / "model.safetensors").is_file()
 CLASSES = {
     "gpt2Model": "GPT2Model",
     "gpt2LMHeadModel": "GPT2LMHeadModel",
     "gpt2DoubleHeadsModel": "GPT2DoubleHeadsModel",
 }
-has_bundled = pytest.mark.skipif(not BUNDLED, reason="this checkout holds no bundled model")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*newly initialised. multiple_choice_head"),
     pytest.mark.filterwarnings("ignore:.*not used. (lm_head|multiple_choice_head)"),
@@ -51,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["random", pytest.param("bundled", marks=has_bundled)])
+@pytest.fixture(params=["random", "bundled"])
 def model_name(request: pytest.FixtureRequest, folder: Path) -> str:
     return str(folder) if request.param == "random" else request.param
 
@@ -222,7 +220,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_an_uninstalled_copy(checkout: Path, folder: Path, tmp_path: Path) -> None:
     missing = run("-c", "import gpt2fast", cwd=tmp_path)
     assert "No module named 'gpt2fast'" in missing.stderr
-    models = [str(folder), *(["bundled"] if BUNDLED else [])]
+    models = [str(folder), "bundled"]
     done = run(hub_example.__file__, str(checkout), *models, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *examples, (modules, strays, left_on_path) = map(json.loads, done.stdout.splitlines())

@@ -38,7 +38,8 @@ def _command(texts: list[str], out: Path, *options: str) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "gpt2fast.training",
+        "gpt2fast",
+        "train",
         *texts,
         *_OPTIONS,
         "--out",
@@ -118,14 +119,15 @@ def test_a_signal_saves_and_a_finished_run_leaves_everything(tmp_path, texts):
     assert model.config.n_positions == 16
 
     tuned = tmp_path / "tuned"
-    command = [sys.executable, "-m", "gpt2fast.training", *texts, "--out", str(tuned)]
+    command = [sys.executable, "-m", "gpt2fast", "train", *texts, "--out", str(tuned)]
     command += ["--init-from", str(out), "--steps", "2", "--lr", "1e-6", "--device", "cpu"]
     fine_tuned = _run([*command, "--batch-tokens", "32", "--row-tokens", "16"])
     assert fine_tuned.returncode == 0, fine_tuned.stderr
     for ours, theirs in zip(
         GPT2LMHeadModel.from_pretrained(tuned).parameters(), model.parameters(), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+        # Two steps of at most lr each, then the rounding of float16 on disk.
+        torch.testing.assert_close(ours, theirs, rtol=2**-11, atol=3e-6)
 
 
 @pytest.mark.parametrize(
