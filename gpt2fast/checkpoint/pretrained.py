@@ -19,10 +19,10 @@ from gpt2fast.checkpoint.weights import (
     CheckpointError,
     read_json,
     read_tensors,
-    replacing,
     write_tensors,
 )
 from gpt2fast.config import GPT2Config
+from gpt2fast.files import replacing
 
 if TYPE_CHECKING:
     from gpt2fast.base import PreTrainedModel

@@ -14,13 +14,11 @@ the model. Formats are told apart by their first bytes:
 
 import gzip
 import json
-import os
 import pickle
 import re
 import reprlib
 import shutil
 import tarfile
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +29,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from gpt2fast.files import replacing
 
 SAFETENSORS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
@@ -270,22 +270,6 @@ def _parse_size(size: int | str) -> int:
     if not match or match[2].upper() not in _UNITS or int(match[1]) == 0:
         raise ValueError(f"max_shard_size must be bytes or a text like '200MB'; got {size!r}")
     return int(match[1]) * _UNITS[match[2].upper()]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new file to write, which takes the place of ``path`` once complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes its files private
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

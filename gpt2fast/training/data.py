@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpt2fast.files import replacing
+
 END_OF_TEXT = 50256
 _SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?$\n?", re.MULTILINE)
 _CACHE_FORMAT = b"gpt2fast tokens 1\n"
@@ -82,17 +84,10 @@ def load_tokens(files: Sequence[Path], cache_dir: Path, tokenizer: Any = None) -
 
             tokenizer = GPT2Tokenizer()
         cache_dir.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with partial.open("wb") as file:
-                for path in files:
-                    for ids in _token_ids(path, tokenizer):
-                        file.write(ids.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(cached)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(cached) as partial, partial.open("wb") as file:
+            for path in files:
+                for ids in _token_ids(path, tokenizer):
+                    file.write(ids.tobytes())
     if cached.stat().st_size < 2:
         raise ValueError(f"no text in {', '.join(map(str, files))}")
     return np.memmap(cached, dtype=np.uint16, mode="r")

@@ -1,12 +1,12 @@
 """Training state on disk: whole or absent, whatever moment the process dies at."""
 
-import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+
+from gpt2fast.files import replacing
 
 _KEEP = 2
 
@@ -16,20 +16,6 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write(file)`` on a temporary neighbour, sync it, and rename it to ``path``."""
-    partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write ``step-<step>.pt`` atomically, then drop all but the two newest.
 
@@ -37,10 +23,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    write_atomically(path, lambda file: torch.save(state, file))
+    with replacing(path) as partial:
+        torch.save(state, partial)
     for old in checkpoint_files(folder)[:-_KEEP]:
         old.unlink()
-    for partial in folder.glob("step-*.pt.tmp"):
+    for partial in folder.glob(".step-*.pt.*"):
         partial.unlink()
     return path
 

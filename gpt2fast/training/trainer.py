@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from gpt2fast.files import replacing
 from gpt2fast.model import GPT2LMHeadModel
 from gpt2fast.training.data import BlockOrder
 from gpt2fast.training.sampled_head import VocabularySampler, sampled_head_loss
-from gpt2fast.training.state import load_newest_checkpoint, save_checkpoint, write_atomically
+from gpt2fast.training.state import load_newest_checkpoint, save_checkpoint
 
 
 class TrainingError(RuntimeError):
@@ -391,4 +392,5 @@ class Trainer:
             with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-        write_atomically(self.log_path, lambda file: file.write("".join(kept).encode()))
+        with replacing(self.log_path) as partial:
+            partial.write_text("".join(kept))

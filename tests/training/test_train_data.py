@@ -51,7 +51,7 @@ def test_the_cache_is_used_until_the_text_changes(tmp_path):
     path.write_text("abd")
     assert load_tokens([path], cache, tokenizer).tolist() == [97, 98, 100, END_OF_TEXT]
     assert tokenizer.calls == 2
-    assert not list(cache.glob("*.tmp"))
+    assert not [path for path in cache.iterdir() if path.suffix != ".bin"]
 
 
 def test_bad_data_is_named(tmp_path):
