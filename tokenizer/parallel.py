@@ -7,7 +7,6 @@ threads, nor import its main module again, so a script needs no ``__main__`` gua
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import subprocess
 import sys
@@ -17,18 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 _LOG = logging.getLogger(__name__)
 
-# Characters each process must have before more than one pays: until a new one has started, read the
-# vocabulary and learnt the common words, a warm one encodes about this much.
-MIN_WORK = 16_000_000
 
 Encode = Callable[[str], "array[int]"]
-
-
-def available_cores() -> int:
-    """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def split_evenly(texts: Sequence[str], parts: int) -> list[Sequence[str]]:

@@ -32,24 +32,21 @@ def test_own_vocabulary_reaches_the_workers(tmp_path: Path) -> None:
     assert tokenizer.encode_batch(["ab", "ba", "abab"], num_workers=3) == [[2], [1, 0], [2, 2]]
 
 
-def test_little_text_starts_no_process(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_unless_asked(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a process was started")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     assert tokenizer.encode_batch(["a", "b"]) == [[64], [65]]
-    monkeypatch.setattr(parallel, "available_cores", lambda: 4)
-    assert tokenizer.encode_batch(["a " * 1000] * 10) == [tokenizer.encode("a " * 1000)] * 10
 
 
-def test_much_text_starts_a_process(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_processes_as_asked(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(parallel, "MIN_WORK", 100)
-    monkeypatch.setattr(parallel, "available_cores", lambda: 2)
     run = parallel._run_worker
     monkeypatch.setattr(parallel, "_run_worker", lambda *job: started.append(1) or run(*job))
-    assert tokenizer.encode_batch(["a" * 200] * 2) == [tokenizer.encode("a" * 200)] * 2
-    assert started == [1]
+    texts = ["a" * 200] * 3
+    assert tokenizer.encode_batch(texts, num_workers=3) == [tokenizer.encode("a" * 200)] * 3
+    assert started == [1, 1]
 
 
 def test_a_worker_that_fails_is_replaced(tokenizer, monkeypatch, caplog) -> None:
