@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 _LOG = logging.getLogger(__name__)
 
-
 Encode = Callable[[str], "array[int]"]
 
 
