@@ -395,21 +395,23 @@ def test_damaged_files_are_refused_or_harmless(lm, tmp_path, name):
     before = sorted(tmp_path.rglob("*"))
     rng = random.Random(name)
     outcomes = {"loaded": 0, "refused": 0}
+    expected = [parameter.sum() for parameter in lm.parameters()]
     for _ in range(150):
         path = rng.choice(sorted(folder.iterdir()))
         original = path.read_bytes()
         path.write_bytes(_damage(original, rng))
         try:
             model = GPT2LMHeadModel.from_pretrained(path if name == "archive" else folder)
-            for parameter in model.parameters():
-                parameter.sum()
+            weights = [parameter.sum() for parameter in model.parameters()]
+            # A flipped bit among the weights is another weight, but gzip has a checksum: what is
+            # left is its header, where nobody reads the time or the name.
+            assert name != "archive" or weights == expected
             outcomes["loaded"] += 1
         except (CheckpointError, FileNotFoundError):
             outcomes["refused"] += 1
         path.write_bytes(original)
     assert outcomes["refused"] > 30
-    # A flipped bit among the weights is another weight, but gzip has a checksum.
-    assert (outcomes["loaded"] == 0) == (name == "archive")
+    assert outcomes["loaded"] or name == "archive"
     assert sorted(tmp_path.rglob("*")) == before
 
 
