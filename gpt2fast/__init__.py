@@ -25,6 +25,7 @@ _EXPORTS = {
     "KVCache": "gpt2fast.cache",
     "CheckpointError": "gpt2fast.checkpoint.weights",
     "GPT2Tokenizer": "gpt2fast.tokenizer",
+    "backend": "gpt2fast.kernels",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from gpt2fast.cache import KVCache as KVCache
     from gpt2fast.checkpoint.weights import CheckpointError as CheckpointError
     from gpt2fast.config import GPT2Config as GPT2Config
+    from gpt2fast.kernels import backend as backend
     from gpt2fast.model import GPT2DoubleHeadsModel as GPT2DoubleHeadsModel
     from gpt2fast.model import GPT2LMHeadModel as GPT2LMHeadModel
     from gpt2fast.tokenizer import GPT2Tokenizer as GPT2Tokenizer

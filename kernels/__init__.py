@@ -11,6 +11,7 @@ from gpt2fast.kernels.attention import (
     prepare_mask,
     weighted_attention,
 )
+from gpt2fast.kernels.backend import backend
 from gpt2fast.kernels.embedding import embedding
 from gpt2fast.kernels.gelu_mlp import gelu_mlp, linear
 from gpt2fast.kernels.layer_norm import add_layer_norm, layer_norm
@@ -19,6 +20,7 @@ from gpt2fast.kernels.lm_head import lm_head_loss
 __all__ = [
     "add_layer_norm",
     "attention_append",
+    "backend",
     "causal_attention",
     "embedding",
     "gelu_mlp",

@@ -1,0 +1,1 @@
+"""The Triton kernels and their launchers. Imported at the first launch, never before."""
