@@ -5,12 +5,12 @@ no device and no Triton.
 """
 
 from gpt2fast.kernels.attention import (
-    attention_append,
     causal_attention,
     packed_kv,
     prepare_mask,
     weighted_attention,
 )
+from gpt2fast.kernels.attention_append import attention_append
 from gpt2fast.kernels.backend import backend
 from gpt2fast.kernels.embedding import embedding
 from gpt2fast.kernels.gelu_mlp import gelu_mlp, linear

@@ -6,8 +6,8 @@ q, k and v are read from one ``[B, T, 3C]`` projection and the heads come back m
 ``[B, T, C]``. T queries stand at the end of S >= T keys (bottom-right alignment): with a past of
 length P, S = P + T and query t sees keys 0 .. P + t.
 
-Two ops: `causal_attention` is differentiable; `attention_append` writes the new keys and values
-into a preallocated cache and takes no gradient.
+`causal_attention` is differentiable; the op that writes the new keys and values into a preallocated
+cache, and takes no gradient, is in ``attention_append.py``.
 
 A mask is either ``[B, S]`` boolean (the keys that may be attended, causality implied) or a complete
 4-D mask ``[B or 1, H or 1, T, S]``, boolean (True attends) or float (added to the scores).
@@ -24,16 +24,12 @@ _causal_attention = register_op(
     " float dropout_p, bool upcast) -> Tensor",
     torch_ops.causal_attention,
 )
-_attention_append = register_op(
-    "attention_append(Tensor qkv, Tensor(a!) kv_cache, SymInt start, int num_heads, Tensor? mask,"
-    " float scale, bool upcast) -> Tensor",
-    torch_ops.attention_append,
-)
 
 
-def _check(
+def check_inputs(
     qkv: Tensor, num_heads: int, past: Tensor | None, start: int, mask: Tensor | None
 ) -> None:
+    """Raise a ValueError unless the inputs of attention after ``start`` positions fit together."""
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
             f"qkv must be [batch, time, 3 * {num_heads} heads * head size]; got {list(qkv.shape)}"
@@ -108,50 +104,10 @@ def causal_attention(
     Raises:
         ValueError: the shapes do not agree.
     """
-    _check(qkv, num_heads, past_kv, 0 if past_kv is None else past_kv.shape[3], mask)
+    check_inputs(qkv, num_heads, past_kv, 0 if past_kv is None else past_kv.shape[3], mask)
     if scale is None:
         scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
     return _causal_attention(qkv, num_heads, past_kv, mask, scale, dropout_p, upcast)
-
-
-def attention_append(
-    qkv: Tensor,
-    kv_cache: Tensor,
-    start: int,
-    num_heads: int,
-    *,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    upcast: bool = False,
-) -> Tensor:
-    """Append the new keys and values to the cache in place and attend over all of it.
-
-    Args:
-        qkv: ``[B, T, 3C]``, the packed projection of a prompt, a chunk or one token.
-        kv_cache: ``[2, B, H, capacity, D]``, written at ``start .. start + T``.
-        start: how many positions of the cache are in use already.
-        num_heads: H.
-        mask, scale, upcast: as in `causal_attention`.
-
-    Returns:
-        ``[B, T, C]``.
-
-    Raises:
-        ValueError: the shapes do not agree, or the cache has no room.
-        RuntimeError: qkv or the cache requires a gradient: an in-place write has none.
-    """
-    if torch.is_grad_enabled() and (qkv.requires_grad or kv_cache.requires_grad):
-        raise RuntimeError(
-            "attention_append writes in place and has no gradient; use torch.no_grad"
-        )
-    _check(qkv, num_heads, kv_cache, start, mask)
-    if start < 0 or start + qkv.shape[1] > kv_cache.shape[3]:
-        raise ValueError(
-            f"no room for {qkv.shape[1]} positions at {start} in a cache of {kv_cache.shape[3]}"
-        )
-    if scale is None:
-        scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
-    return _attention_append(qkv, kv_cache, start, num_heads, mask, scale, upcast)
 
 
 def weighted_attention(
@@ -178,7 +134,7 @@ def weighted_attention(
         head mask.
     """
     start = 0 if past_kv is None else past_kv.shape[3]
-    _check(qkv, num_heads, past_kv, start, mask)
+    check_inputs(qkv, num_heads, past_kv, start, mask)
     if scale is None:
         scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
     q, _ = torch_ops.split_heads(qkv, num_heads)
