@@ -19,7 +19,13 @@ def collect() -> dict[str, Any]:
     """
     import torch
 
+    import gpt2fast.kernels  # noqa: F401  (registers the ops)
+    from gpt2fast.kernels.backend import selected_backend
+    from gpt2fast.kernels.registry import OPS
+
     devices = _devices()
+    backend = selected_backend()
+    own, why = _implementation(backend, devices)
     others = {name: _version(name) for name in ("triton", "transformers")}
     return {
         "gpt2fast": __version__,
@@ -29,8 +35,9 @@ def collect() -> dict[str, Any]:
         "cpu": _cpu(),
         "cuda": devices,
         "default_device": "cuda" if devices else "cpu",
-        "ops": dict.fromkeys(_ops(), "PyTorch"),
-        "why": _why(devices),
+        "backend": backend,
+        "ops": {op: "Triton" if kernel and own else "PyTorch" for op, kernel in OPS.items()},
+        "why": why,
         "checkpoints": {"bundled": _bundled(), **_cached()},
     }
 
@@ -54,7 +61,7 @@ def report(facts: dict[str, Any]) -> str:
             f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
             for i, gpu in enumerate(facts["cuda"])
         ),
-        f"device: {facts['default_device']}",
+        f"device: {facts['default_device']}, backend: {facts['backend']}",
         *(f"ops by {name}: {', '.join(ops)}" for name, ops in ops_of.items()),
         f"why: {facts['why']}",
         "checkpoints:",
@@ -103,25 +110,23 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
-def _ops() -> list[str]:
-    """The registered ops, asked of the dispatcher itself."""
+def _implementation(backend: str, devices: list[dict[str, Any]]) -> tuple[bool, str]:
+    """Whether our kernels run on the default device, and why."""
     import torch
 
-    import gpt2fast.kernels  # noqa: F401  (registers them)
+    from gpt2fast.kernels.backend import unavailable
 
-    names = torch._C._dispatch_get_all_op_names()
-    return sorted(name.removeprefix("gpt2fast::") for name in names if name[:10] == "gpt2fast::")
-
-
-def _why(devices: list[dict[str, Any]]) -> str:
-    own = "this version has no GPU kernels of its own, so PyTorch's ops run on every device"
+    kind = "cuda" if devices else "cpu"
+    why_not = unavailable(kind, 0 if devices else None)
+    if backend == "torch":
+        return False, "the torch backend is selected by hand: PyTorch's operators run everywhere"
+    if why_not is None and (devices or backend == "triton"):
+        where = "the GPU" if devices else "the CPU, in Triton's interpreter"
+        return True, f"our kernels run on {where}"
     if devices:
-        return f"PyTorch sees {len(devices)} CUDA device(s); {own}"
-    import torch
-
-    if torch.version.cuda is None:
-        return f"this PyTorch was built without CUDA, so the CPU it is; {own}"
-    return f"PyTorch sees no CUDA device, so the CPU it is; {own}"
+        return False, f"{why_not}: PyTorch's operators run instead"
+    sees = "was built without CUDA" if torch.version.cuda is None else "sees no CUDA device"
+    return False, f"this PyTorch {sees}: its operators run on the CPU"
 
 
 def _bundled() -> str | None:

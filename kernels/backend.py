@@ -102,13 +102,10 @@ def unavailable(kind: str, index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if kind == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(index)
-        if capability >= MINIMUM_CAPABILITY:
+        gpu = torch.cuda.get_device_properties(index)
+        if (gpu.major, gpu.minor) >= MINIMUM_CAPABILITY:
             return None
-        return (
-            f"{torch.cuda.get_device_name(index)} has compute capability "
-            f"{capability[0]}.{capability[1]}; the kernels need 8.0"
-        )
+        return f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}; the kernels need 8.0"
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None  # how the kernels are tested without a GPU
     return f"the tensors are on {kind!r}; the kernels need an NVIDIA GPU"

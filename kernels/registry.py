@@ -20,6 +20,9 @@ from torch import Tensor
 
 from gpt2fast.kernels.backend import use_triton
 
+# Public op -> whether it has a Triton implementation.
+OPS: dict[str, bool] = {}
+
 _LIBRARY = torch.library.Library("gpt2fast", "DEF")
 _KERNEL_DEVICES = ("CUDA", "CPU")  # the CPU for Triton's interpreter
 _PLAIN_DEVICES = ("MPS", "XPU", "Meta")
@@ -51,6 +54,7 @@ def register_op(
 
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    OPS[name] = triton is not None
     for devices, function in ((_KERNEL_DEVICES, choose), (_PLAIN_DEVICES, implementation)):
         for device in devices:
             _LIBRARY.impl(name, function, device)

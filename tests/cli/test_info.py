@@ -5,6 +5,7 @@ import json
 import os
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from gpt2fast import __version__, info, kernels
 from gpt2fast.checkpoint import sources
 from gpt2fast.cli import main
+from gpt2fast.kernels.backend import unavailable
 
 
 def facts(capsys: pytest.CaptureFixture[str]) -> dict:
@@ -40,13 +42,25 @@ def test_threads_are_explained(
     assert "PyTorch" in facts(capsys)["cpu"]["threads_why"]
 
 
-def test_every_dispatched_op_is_listed_with_what_runs_it(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    ops = facts(capsys)["ops"]
-    assert set(ops.values()) == {"PyTorch"}
+def test_every_op_is_listed_with_what_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    found = facts(capsys)
+    ops = found["ops"]
     assert set(ops) <= set(kernels.__all__)
     assert {"layer_norm", "gelu_mlp", "causal_attention", "attention_append"} <= set(ops)
+    assert found["backend"] == "auto"
+    assert set(ops.values()) == {"Triton" if found["cuda"] else "PyTorch"}
+
+
+def test_a_backend_chosen_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    with kernels.backend("triton"):
+        found = facts(capsys)
+    assert found["backend"] == "triton"
+    assert set(found["ops"].values()) == {"Triton"}
+    assert "our kernels run" in found["why"]
+    with kernels.backend("torch"):
+        found = facts(capsys)
+    assert set(found["ops"].values()) == {"PyTorch"}
+    assert "by hand" in found["why"]
 
 
 def test_text_shows_what_json_holds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,10 +102,19 @@ def test_checkpoints_in_the_cache(
     }
 
 
-def test_a_cuda_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = {"name": "NVIDIA H200", "capability": "9.0", "memory_bytes": 150 * 2**30}
-    monkeypatch.setattr(info, "_devices", lambda: [gpu])
+@pytest.mark.parametrize(("major", "runs"), [(9, "Triton"), (7, "PyTorch")])
+def test_a_cuda_device_is_named(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, major: int, runs: str
+) -> None:
+    gpu = SimpleNamespace(name="NVIDIA H200", major=major, minor=0, total_memory=150 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    unavailable.cache_clear()
+    request.addfinalizer(unavailable.cache_clear)
     found = info.collect()
     assert found["default_device"] == "cuda"
-    assert "1 CUDA device" in found["why"]
-    assert "GPU 0: NVIDIA H200, compute capability 9.0, 150 GiB" in info.report(found)
+    assert found["ops"]["causal_attention"] == runs
+    assert ("the kernels need 8.0" in found["why"]) == (runs == "PyTorch")
+    text = info.report(found)
+    assert f"GPU 0: NVIDIA H200, compute capability {major}.0, 150 GiB" in text
+    assert "device: cuda, backend: auto" in text
