@@ -5,3 +5,219 @@ runs are in ``bench/results`` and what came of them in ``bench/NOTES.md``. Stati
 autotuning: the same call then runs the same code everywhere, and every entry can be compiled and
 checked where there is no GPU.
 """
+
+from dataclasses import dataclass
+
+import torch
+
+from gpt2fast.kernels._triton.target import Target
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Tile of ``decode.py``: keys a tile, warps, pipeline stages."""
+
+    block_s: int
+    warps: int
+    stages: int
+
+
+def decode_config(head_size: int, element_size: int, queries: int) -> DecodeConfig:
+    """Predicted. Keys and values of a tile are 16 KB together at head size 64 in 16 bits: with two
+    programs a multiprocessor more than the 25 KB in flight that its share of the bandwidth needs.
+
+    One query: no pipeline, because neighbouring programs fill the gaps between tiles. Several: the
+    tiles pass through shared memory to the tensor cores, two at a time. Wider rows take fewer keys,
+    which keeps them in registers.
+    """
+    wide = head_size * element_size > 256
+    return DecodeConfig(32 if wide else 64, warps=4, stages=1 if queries == 1 else 2)
+
+
+_DECODE_PROGRAMS = 4  # a multiprocessor; predicted: what its registers hold at a time
+_DECODE_MOST_SPLITS = 64  # that the merging kernel holds in one tile
+
+
+def decode_splits(heads: int, keys: int, block_s: int, multiprocessors: int) -> int:
+    """Among how many programs to divide the ``keys`` of each of all rows' ``heads``.
+
+    As many as the chip holds at a time, each with a tile at least. One, with nothing to merge,
+    where the heads alone are more than half of that.
+    """
+    room = _DECODE_PROGRAMS * multiprocessors // max(heads, 1)
+    return max(1, min(room, -(-keys // block_s), _DECODE_MOST_SPLITS))
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Tiles of ``attention_fwd.py`` and ``attention_bwd.py``: queries, keys, warps, stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def attention_fwd_config(
+    target: Target, element_size: int, block_d: int, queries: int
+) -> AttentionConfig:
+    """Predicted."""
+    if element_size == 4:
+        return AttentionConfig(32, 32, 4, 2)
+    if queries <= 64:
+        return AttentionConfig(64, 64, 4, 3)
+    if block_d > 64:
+        return AttentionConfig(128, 64, 8, 3)
+    return AttentionConfig(128, 64, 4, 3)
+
+
+@dataclass(frozen=True)
+class MatmulTile:
+    """Tiles of ``matmul.py``: blocks of M, N and K, warps, stages.
+
+    ``programs``: how many run on a multiprocessor at a time. ``use_tma``: blocks are loaded by the
+    tensor memory accelerator.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    programs: int
+    use_tma: bool
+
+
+MATMUL_GROUP_M = 8  # rows of tiles that share columns of B in L2; predicted
+ADD_SPLITS_BLOCK = 512  # 16 bytes a thread of 4 warps; predicted
+
+# All predicted. Largest first: a larger tile reads less from L2 for its arithmetic, and
+# `matmul_tile` takes the largest of which there are enough. At full rate 128 x 256 needs 9 TB/s of
+# L2, 128 x 128 needs 12. One program of 128 x 256 fills a multiprocessor's registers.
+_MATMUL_TILES_TMA = (
+    MatmulTile(128, 256, 64, warps=8, stages=3, programs=1, use_tma=True),
+    MatmulTile(128, 128, 64, warps=8, stages=4, programs=1, use_tma=True),
+    MatmulTile(64, 64, 64, warps=4, stages=4, programs=3, use_tma=True),
+)
+# Of chips without it, or with less than Hopper's shared memory, and of rows that do not start at
+# multiples of 16 bytes: 96 KiB of blocks are within every chip's.
+_MATMUL_TILES = (
+    MatmulTile(128, 128, 64, warps=8, stages=3, programs=1, use_tma=False),
+    MatmulTile(64, 64, 64, warps=4, stages=3, programs=3, use_tma=False),
+)
+# Decoding: the weights are read once, so what counts is bytes on their way: 4 stages of 8 KiB in
+# every program, whose 16 rows are the least that tensor cores take.
+_MATMUL_TILE_FEW_ROWS = MatmulTile(16, 32, 128, warps=4, stages=4, programs=4, use_tma=False)
+# Fused multiply-add: no tensor cores at full precision.
+_MATMUL_TILE_FLOAT32 = MatmulTile(64, 64, 32, warps=4, stages=3, programs=2, use_tma=False)
+_MATMUL_FILLED = 0.7  # of the multiprocessors is enough
+
+
+def matmul_tile(
+    rows: int, columns: int, element_size: int, can_copy: bool, target: Target
+) -> MatmulTile:
+    """The tile for ``[rows, columns]``; ``can_copy``: tile copies can address both operands."""
+    if element_size == 4:
+        return _MATMUL_TILE_FLOAT32
+    if rows <= _MATMUL_TILE_FEW_ROWS.block_m:
+        return _MATMUL_TILE_FEW_ROWS
+    roomy = target.shared_memory >= 227 << 10
+    tiles = _MATMUL_TILES_TMA if can_copy and roomy else _MATMUL_TILES
+    for tile in tiles:
+        number = -(-rows // tile.block_m) * -(-columns // tile.block_n)
+        if number >= _MATMUL_FILLED * target.multiprocessors:
+            return tile
+    return tiles[-1]
+
+
+def matmul_splits(rows: int, columns: int, inner: int, tile: MatmulTile, target: Target) -> int:
+    """Into how many parts to split the sums, where there are too few tiles for the chip.
+
+    Each part is at least two blocks long: a shorter one would be no sooner done. Predicted.
+    """
+    tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
+    return max(1, min(target.multiprocessors // tiles, inner // (2 * tile.block_k)))
+
+
+def matmul_provider(role: str, rows: int, element_size: int) -> str:
+    """Who multiplies: "triton", our kernel, or "cublas", PyTorch's. All predicted.
+
+    Roles: "linear" (a bias in the epilogue), "fc" (bias and GELU), "proj" (bias and residual) and
+    "gelu_grad". cuBLAS is taken to run at 740 TFLOP/s on an H200 for large products and our kernel
+    at 600, PyTorch's passes over memory at 4.3 TB/s. Weight gradients and the gradient of x have
+    nothing to fuse, and are cuBLAS's without asking.
+    """
+    if element_size == 4:
+        return "cublas"  # no tensor cores: cuBLAS's fused multiply-add kernels are the better ones
+    if rows <= 64:
+        return "triton"  # the time is that of reading the weights and of launches, and we need fewer
+    if role == "linear":
+        return "cublas"  # its epilogue adds the bias as well
+    if role == "proj":
+        # The pass that adds the residual takes 6 bytes an output, worth 2,200 columns of the
+        # slower product; GPT-2 has 3,072 and more. Below, launches count for more.
+        return "cublas" if rows >= 2048 else "triton"
+    # 4 bytes an output for the GELU, worth 1,500 columns of the 768 to 1,600 (at the upper end a
+    # tie); 8 for its gradient, the value once more, and the sums for the bias.
+    return "triton"
+
+
+@dataclass(frozen=True)
+class LMHeadTile:
+    """How ``lm_head_tiles.py`` cuts the logits up.
+
+    Attributes:
+        block_rows, block_vocab: a tile of logits.
+        block_bytes: bytes of each row and each vocabulary entry in one step of the inner product.
+        warps, stages: of a program.
+        programs: a multiprocessor, at most.
+        tma: whether to copy tiles by descriptors, where the chip has them.
+    """
+
+    block_rows: int
+    block_vocab: int
+    block_bytes: int
+    warps: int
+    stages: int
+    programs: int
+    tma: bool
+
+
+# All predicted; none has run on a GPU. Up to 64 rows the weight's bytes set the time: 393 tiles of
+# 128 columns are all resident at once, three a multiprocessor, each with three copies of 16 KB on
+# the way; pointers, because to encode descriptors takes the host longer than a launch. Beyond, the
+# tensor cores do.
+_LM_HEAD_DECODE = LMHeadTile(16, 128, 128, warps=4, stages=4, programs=3, tma=False)
+_LM_HEAD_FEW_ROWS = LMHeadTile(64, 128, 128, warps=4, stages=3, programs=3, tma=False)
+# 85 operations a byte read from L2, the most that one program's registers allow.
+_LM_HEAD_LOSS = LMHeadTile(128, 256, 128, warps=8, stages=3, programs=1, tma=True)
+# Sort keys take two registers each beside the logits: half as wide, two programs at a time.
+_LM_HEAD_ARGMAX = LMHeadTile(128, 128, 128, warps=8, stages=3, programs=2, tma=True)
+# Sorting a tile exchanges copies of it between threads: 16 keys a thread.
+_LM_HEAD_TOPK = LMHeadTile(16, 128, 128, warps=4, stages=4, programs=3, tma=False)
+
+
+def lm_head_tile(rows: int, top: int) -> LMHeadTile:
+    """The tile for so many rows; top: logits selected of each row, 0 for a loss."""
+    if top > 1:
+        return _LM_HEAD_TOPK
+    if rows <= 16:
+        return _LM_HEAD_DECODE
+    if rows <= 64:
+        return _LM_HEAD_FEW_ROWS
+    return _LM_HEAD_ARGMAX if top else _LM_HEAD_LOSS
+
+
+# Tiles of rows that share their columns of the weight in L2: 32 of 128 rows of 768 are 6 MB.
+LM_HEAD_GROUP = 32
+# Float32 products in Triton are plain multiplications: cuBLAS serves those.
+LM_HEAD_TILE_DTYPES = (torch.float16, torch.bfloat16)
+LM_HEAD_COMBINE_ROWS = 16  # a program: 1024 programs for 16k rows
+# Logits of a chunk: 4096 rows of 50257 in 16 bits. Four chunks of 16k rows, so the weight's
+# gradient is read and written four times; a quarter of the 16-bit logits is a sixth of what plain
+# PyTorch holds in float32 on top of them, several times.
+LM_HEAD_CHUNK_BYTES = 400 << 20
+LM_HEAD_CHUNK_TILE = 128  # rows; the tiles of the products
+# (columns a step, warps): 1024 threads with 16 bytes each. Two such programs fill a multiprocessor,
+# so few enough rows are under way (26 MB) that the second pass reads them from L2. Predicted.
+LM_HEAD_CROSS_ENTROPY = (8192, 32)
