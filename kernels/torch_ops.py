@@ -159,14 +159,51 @@ def attention_append(
     qkv: Tensor,
     kv_cache: Tensor,
     start: int,
+    starts: Tensor | None,
     num_heads: int,
     mask: Tensor | None,
+    first_keys: Tensor | None,
+    source_rows: Tensor | None,
     scale: float,
     upcast: bool,
 ) -> Tensor:
     q, kv = split_heads(qkv, num_heads)
-    end = start + qkv.shape[1]
-    kv_cache[:, :, :, start:end].copy_(kv)
-    # From an empty cache the fresh keys are the whole context, and lie closer together.
-    context = kv if start == 0 else kv_cache[:, :, :, :end]
+    batch, length, device = qkv.shape[0], qkv.shape[1], qkv.device
+    if starts is None:
+        end, positions = start + length, None
+        kv_cache[:, :batch, :, start:end].copy_(kv)
+    else:
+        end = kv_cache.shape[3]
+        # [B, T]; a row without room overwrites its own last position
+        positions = (starts[:, None] + torch.arange(length, device=device)).clamp(0, end - 1)
+        rows = torch.arange(batch, device=device)[:, None]
+        kv_cache[:, rows, :, positions] = kv.permute(1, 3, 0, 2, 4).to(kv_cache.dtype)
+    keys = torch.arange(end, device=device)
+    if first_keys is not None:
+        kept = keys >= first_keys[:, None]
+        mask = kept if mask is None else mask & kept
+    if source_rows is not None:
+        own = torch.arange(batch, device=device)[:, None]
+        past_end = start if starts is None else starts[:, None]
+        # Positions that are not in use may name any row.
+        rows = torch.where(keys < past_end, source_rows[:, :end], own)
+        rows = rows.clamp(0, kv_cache.shape[1] - 1)
+        context = kv_cache[:, rows, :, keys].permute(2, 0, 3, 1, 4)
+    elif start == 0 and starts is None:
+        # From an empty cache the fresh keys are the whole context, and lie closer together.
+        context = kv
+    else:
+        context = kv_cache[:, :, :, :end]
+    if starts is not None and positions is not None:
+        # What lies behind a row's last position may be anything, NaN included.
+        used = keys < starts[:, None] + length
+        context = torch.where(used[:, None, :, None], context, 0)
+        if mask is None or mask.dim() == 2:
+            own_key = keys == positions[:, :, None]
+            seen = keys <= positions[:, :, None]
+            mask = (seen if mask is None else seen & mask[:, None] | own_key)[:, None]
+        elif mask.dtype == torch.bool:
+            mask = mask & used[:, None, None]
+        else:
+            mask = mask.masked_fill(~used[:, None, None], float("-inf"))
     return _attend(q, context, mask, scale, 0.0, upcast)

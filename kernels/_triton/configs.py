@@ -6,6 +6,7 @@ autotuning: the same call then runs the same code everywhere, and every entry ca
 checked where there is no GPU.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +23,20 @@ class DecodeConfig:
     stages: int
 
 
-def decode_config(head_size: int, element_size: int, queries: int) -> DecodeConfig:
-    """Predicted. Keys and values of a tile are 16 KB together at head size 64 in 16 bits: with two
-    programs a multiprocessor more than the 25 KB in flight that its share of the bandwidth needs.
+def decode_config(element_size: int, queries: int) -> DecodeConfig:
+    """By the bytes of an element, the cache's or the projection's if larger, and queries a row.
 
-    One query: no pipeline, because neighbouring programs fill the gaps between tiles. Several: the
-    tiles pass through shared memory to the tensor cores, two at a time. Wider rows take fewer keys,
-    which keeps them in registers.
+    Keys and values of a tile are 16 KB together at head size 64 in either case: four resident
+    programs have more in flight than the 25 KB that a multiprocessor's share of the bandwidth
+    needs. One query: no pipeline, because neighbouring programs fill the gaps between tiles.
+    Several: tiles pass through shared memory to the tensor cores. Float32 has none for them; at
+    four warps its products would not fit into registers. Predicted.
     """
-    wide = head_size * element_size > 256
-    return DecodeConfig(32 if wide else 64, warps=4, stages=1 if queries == 1 else 2)
+    if queries == 1:
+        return DecodeConfig(32 if element_size == 4 else 64, warps=4, stages=1)
+    if element_size == 4:
+        return DecodeConfig(32, warps=8, stages=2)
+    return DecodeConfig(64, warps=4, stages=3)
 
 
 _DECODE_PROGRAMS = 4  # a multiprocessor; predicted: what its registers hold at a time
@@ -150,7 +155,9 @@ def matmul_provider(role: str, rows: int, element_size: int) -> str:
     if element_size == 4:
         return "cublas"  # no tensor cores: cuBLAS's fused multiply-add kernels are the better ones
     if rows <= 64:
-        return "triton"  # the time is that of reading the weights and of launches, and we need fewer
+        return (
+            "triton"  # the time is that of reading the weights and of launches, and we need fewer
+        )
     if role == "linear":
         return "cublas"  # its epilogue adds the bias as well
     if role == "proj":
@@ -189,23 +196,31 @@ class LMHeadTile:
 # tensor cores do.
 _LM_HEAD_DECODE = LMHeadTile(16, 128, 128, warps=4, stages=4, programs=3, tma=False)
 _LM_HEAD_FEW_ROWS = LMHeadTile(64, 128, 128, warps=4, stages=3, programs=3, tma=False)
-# 85 operations a byte read from L2, the most that one program's registers allow.
+# 85 operations a byte read from L2, the most that one program's registers allow, on Hopper only.
 _LM_HEAD_LOSS = LMHeadTile(128, 256, 128, warps=8, stages=3, programs=1, tma=True)
-# Sort keys take two registers each beside the logits: half as wide, two programs at a time.
-_LM_HEAD_ARGMAX = LMHeadTile(128, 128, 128, warps=8, stages=3, programs=2, tma=True)
+# Half as wide: sort keys take two registers each beside the logits, and on Blackwell the exponentials
+# of a wider tile spill. Two programs at a time, so that one multiplies while the other reduces.
+_LM_HEAD_HALF = LMHeadTile(128, 128, 128, warps=8, stages=3, programs=2, tma=True)
+# Chips without descriptors, and widths that they cannot address. Within every chip's 96 KB.
+_LM_HEAD_POINTERS = LMHeadTile(128, 128, 128, warps=8, stages=3, programs=1, tma=False)
 # Sorting a tile exchanges copies of it between threads: 16 keys a thread.
 _LM_HEAD_TOPK = LMHeadTile(16, 128, 128, warps=4, stages=4, programs=3, tma=False)
 
 
-def lm_head_tile(rows: int, top: int) -> LMHeadTile:
-    """The tile for so many rows; top: logits selected of each row, 0 for a loss."""
+def lm_head_tile(rows: int, top: int, can_copy: bool, target: Target) -> LMHeadTile:
+    """The tile for so many rows.
+
+    top: logits selected of each row, 0 for a loss; can_copy: descriptors can address the operands.
+    """
     if top > 1:
         return _LM_HEAD_TOPK
     if rows <= 16:
         return _LM_HEAD_DECODE
     if rows <= 64:
         return _LM_HEAD_FEW_ROWS
-    return _LM_HEAD_ARGMAX if top else _LM_HEAD_LOSS
+    if not (can_copy and target.has_tma):
+        return _LM_HEAD_POINTERS
+    return _LM_HEAD_LOSS if top == 0 and target.capability < (10, 0) else _LM_HEAD_HALF
 
 
 # Tiles of rows that share their columns of the weight in L2: 32 of 128 rows of 768 are 6 MB.
@@ -218,6 +233,76 @@ LM_HEAD_COMBINE_ROWS = 16  # a program: 1024 programs for 16k rows
 # PyTorch holds in float32 on top of them, several times.
 LM_HEAD_CHUNK_BYTES = 400 << 20
 LM_HEAD_CHUNK_TILE = 128  # rows; the tiles of the products
-# (columns a step, warps): 1024 threads with 16 bytes each. Two such programs fill a multiprocessor,
-# so few enough rows are under way (26 MB) that the second pass reads them from L2. Predicted.
-LM_HEAD_CROSS_ENTROPY = (8192, 32)
+# (columns a step, warps): 512 threads with two loads of 16 bytes each. Two such programs a
+# multiprocessor have enough bytes on their way, and few enough rows under way (26 MB) that the
+# second pass finds them in L2. Predicted.
+LM_HEAD_CROSS_ENTROPY = (8192, 16)
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """A tile ``[chunks, block_m, lanes]`` of whole rows, of ``layer_norm.py`` (forward)."""
+
+    block_m: int
+    chunks: int
+    lanes: int
+    warps: int
+
+
+@functools.cache
+def row_tile(width: int, itemsize: int) -> RowTile:
+    """For rows of ``width`` elements, the smallest of those read of ``itemsize`` bytes.
+
+    32 elements a thread and four warps: at width 768 in 16 bits 94 registers, so five programs of
+    four rows fit on a multiprocessor, with 30 KB (60 with a residual) in flight. Four warps rather
+    than one keep the number of programs, which start one after the other, low. Predicted.
+    """
+    block_n = _padded(width)
+    warps = max(4, block_n // 1024)
+    block_m = warps * 1024 // block_n
+    # As many as the warps of one row read with 16 bytes a thread.
+    lanes = min(block_n, max(1, warps // block_m) * 32 * 16 // itemsize)
+    return RowTile(block_m, block_n // lanes, lanes, warps)
+
+
+@dataclass(frozen=True)
+class LayerNormBwdTile:
+    """A tile of `_layer_norm_bwd_kernel`, and how many programs a multiprocessor gets.
+
+    Attributes:
+        whole_tile_sums: weight gradients are added up in the tile's shape, because its rows lie in
+            different threads.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    programs: int
+    stages: int = 2
+    whole_tile_sums: bool = False
+
+
+@functools.cache
+def layer_norm_bwd_tile(width: int, itemsize: int) -> LayerNormBwdTile:
+    """For rows of ``width`` elements, the largest of those read of ``itemsize`` bytes. Predicted.
+
+    32 elements a thread (16 where whole tiles of sums take registers too), the next tile copied
+    asynchronously meanwhile. Programs are as many as their registers let a multiprocessor hold, so
+    that all run at once: at width 768 in 16 bits 3 with 18 KB each under way.
+    """
+    block_n = _padded(width)
+    if block_n < 1024:
+        return LayerNormBwdTile(2048 // block_n, block_n, 4, programs=4, whole_tile_sums=True)
+    if block_n <= 2048:
+        return LayerNormBwdTile(4096 // block_n, block_n, 4, programs=3 if itemsize == 2 else 2)
+    if block_n <= 4096:
+        return LayerNormBwdTile(1, block_n, 8, programs=2 if itemsize == 2 else 1)
+    return LayerNormBwdTile(1, block_n, 16, programs=1, stages=1)  # 2 stages would spill
+
+
+# (programs' shares a step, columns, warps): at width 768 96 programs, each with a step or two.
+LAYER_NORM_AFFINE_SUM = (256, 16, 8)
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())

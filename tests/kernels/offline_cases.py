@@ -15,3 +15,61 @@ CASES: dict[str, Callable[[], None]] = {}
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _decode(
+    batch: int,
+    heads: int,
+    length: int,
+    capacity: int,
+    head_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    ragged: bool = False,
+) -> None:
+    """A step behind capacity - length positions; a ragged one with all tables and a mask."""
+    from gpt2fast.kernels._triton.decode import attention_decode
+
+    tables = {"dtype": torch.int32}
+    attention_decode(
+        empty(batch, length, 3 * heads * head_size, dtype=dtype),
+        empty(2, batch, heads, capacity, head_size, dtype=dtype),
+        capacity - length,
+        empty(batch, **tables) if ragged else None,
+        heads,
+        empty(batch, capacity, dtype=torch.bool) if ragged else None,
+        empty(batch, **tables) if ragged else None,
+        empty(batch, capacity, **tables) if ragged else None,
+        0.125,
+    )
+
+
+CASES["decode 1 token, split"] = lambda: _decode(1, 12, 1, 1024)
+CASES["decode 1 token, direct, head size 128"] = lambda: _decode(64, 8, 1, 1024, 128, torch.float16)
+CASES["decode 1 token, ragged"] = lambda: _decode(4, 12, 1, 1024, ragged=True)
+CASES["decode 1 token, float32, head size 80"] = lambda: _decode(
+    1, 20, 1, 8192, 80, torch.float32, ragged=True
+)
+CASES["decode 16 tokens, split"] = lambda: _decode(1, 25, 16, 1024)
+CASES["decode 4 tokens, direct, head size 128, ragged"] = lambda: _decode(
+    64, 8, 4, 1024, 128, ragged=True
+)
+CASES["decode 16 tokens, float32"] = lambda: _decode(1, 12, 16, 1024, 128, torch.float32)
+
+
+def _lm_head(launch: str, rows: int, *args: object, dtype: torch.dtype = torch.bfloat16) -> None:
+    from gpt2fast.kernels._triton import lm_head, lm_head_tiles
+
+    module = lm_head if "loss" in launch else lm_head_tiles
+    labels = [empty(rows, dtype=torch.int64)] if "loss" in launch else []
+    operands = empty(rows, 768, dtype=dtype), empty(50257, 768, dtype=dtype)
+    getattr(module, f"lm_head_{launch}")(*operands, *labels, *args)
+
+
+CASES["lm_head losses, 16384 rows"] = lambda: _lm_head("loss_fwd", 16384, -100)
+CASES["lm_head losses, 16 rows"] = lambda: _lm_head("loss_fwd", 16, -100)
+CASES["lm_head losses, float32"] = lambda: _lm_head("loss_fwd", 16, -100, dtype=torch.float32)
+CASES["lm_head gradients"] = lambda: _lm_head("loss_fwd_bwd", 16384, None, -100, True, True)
+CASES["lm_head argmax, 1 row"] = lambda: _lm_head("argmax_fwd", 1)
+CASES["lm_head argmax, 64 rows"] = lambda: _lm_head("argmax_fwd", 64)
+CASES["lm_head argmax, 1024 rows"] = lambda: _lm_head("argmax_fwd", 1024)
+CASES["lm_head top 50"] = lambda: _lm_head("topk_fwd", 16, 50)

@@ -56,7 +56,18 @@ OPS: dict[str, tuple[Any, ...]] = {
     "gelu_mlp": (X, *FC, *PROJ, None),
     "embedding": (IDS, IDS[:1], None, WTE, WPE),
     "causal_attention": (QKV, H, PAST, None, 0.3, 0.0, False),
-    "attention_append": (QKV, torch.zeros(2, 2, H, 8, C // H), 3, H, None, 0.3, False),
+    "attention_append": (
+        QKV,
+        torch.zeros(2, 2, H, 8, C // H),
+        3,
+        None,
+        H,
+        None,
+        None,
+        None,
+        0.3,
+        False,
+    ),
     "lm_head_loss": (X.view(10, C), WTE, LABELS, -100, "mean"),
 }
 
