@@ -6,18 +6,187 @@
 
 the tanh form of Hendrycks and Gimpel, *Gaussian Error Linear Units* (2016), which GPT-2 was
 trained with.
+
+On our kernels, backward saves x, the pre-activations u and the weights: gelu(u) is computed again
+beside gelu'(u), in the epilogue of dout W_proj^T.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from gpt2fast.kernels import torch_ops
-from gpt2fast.kernels.registry import register_op
+from gpt2fast.kernels.backend import DTYPES
+from gpt2fast.kernels.registry import (
+    autocast_inputs,
+    forbid_second_derivative,
+    needs_gradient,
+    register_kernel,
+    register_op,
+)
 
-_linear = register_op("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor", torch_ops.linear)
+
+def _fake_linear_fwd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _fake_gelu_mlp_fwd(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    residual: Tensor | None,
+    save_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = x.new_empty(x.shape[0], proj_weight.shape[1], dtype=dtype)
+    return out, x.new_empty(x.shape[0], fc_weight.shape[1]) if save_pre else x.new_empty(0)
+
+
+def _fake_gelu_mlp_bwd(
+    dout: Tensor,
+    x: Tensor | None,
+    pre: Tensor,
+    fc_weight: Tensor,
+    proj_weight: Tensor,
+    *needed: bool,
+) -> tuple[Tensor, ...]:
+    (width, inner), rows = fc_weight.shape, dout.shape[0]
+    shapes = ((rows, width), (width, inner), (inner,), proj_weight.shape, proj_weight.shape[1:])
+    return tuple(
+        pre.new_empty(shape if need else 0) for shape, need in zip(shapes, needed, strict=True)
+    )
+
+
+_linear_fwd = register_kernel(
+    "linear_fwd(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    "gelu_mlp:linear_fwd",
+    _fake_linear_fwd,
+)
+_gelu_mlp_fwd = register_kernel(
+    "gelu_mlp_fwd(Tensor x, Tensor fc_weight, Tensor fc_bias, Tensor proj_weight, Tensor proj_bias,"
+    " Tensor? residual, bool save_pre) -> (Tensor out, Tensor pre)",
+    "gelu_mlp:gelu_mlp_fwd",
+    _fake_gelu_mlp_fwd,
+)
+_gelu_mlp_bwd = register_kernel(
+    "gelu_mlp_bwd(Tensor dout, Tensor? x, Tensor pre, Tensor fc_weight, Tensor proj_weight,"
+    " bool need_x, bool need_fc_weight, bool need_fc_bias, bool need_proj_weight,"
+    " bool need_proj_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gelu_mlp:gelu_mlp_bwd",
+    _fake_gelu_mlp_bwd,
+)
+
+
+class _GeluMlp(torch.autograd.Function):
+    """The perceptron on rows. Saved: x, the pre-activations of the GELU, and the weights."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        fc_weight: Tensor,
+        fc_bias: Tensor,
+        proj_weight: Tensor,
+        proj_bias: Tensor,
+        residual: Tensor | None,
+        save_pre: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return _gelu_mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, save_pre)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, fc_weight, _, proj_weight, _, residual, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        # x serves the gradient of fc_weight alone, which may be frozen.
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, output[1], fc_weight, proj_weight
+        )
+        ctx.residual_dtype = None if residual is None else residual.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        forbid_second_derivative("gelu_mlp")
+        needed = ctx.needs_input_grad[:5]
+        dresidual = dout.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
+        if not any(needed):
+            return None, None, None, None, None, dresidual, None
+        grads = _gelu_mlp_bwd(_as_rows(dout), *ctx.saved_tensors, *needed)
+        wanted = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+        return *wanted, dresidual, None
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """``[..., C]`` as ``[M, C]`` whose rows are contiguous and do not overlap: a view if it can."""
+    rows = x.reshape(-1, x.shape[-1])
+    fits = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
+    return rows if fits else rows.contiguous()
+
+
+def _readable(weight: Tensor) -> Tensor:
+    """A weight that the kernel can read: either way round, but without gaps in its rows."""
+    return weight if 1 in weight.stride() else weight.contiguous()
+
+
+def _served(x: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels take these: something to multiply, all of one dtype and device."""
+    return all(t.numel() != 0 and t.dtype == x.dtype and t.device == x.device for t in (x, *others))
+
+
+def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """PyTorch serves training, where nothing can be fused that it does not fuse."""
+    from gpt2fast.kernels._triton import configs
+
+    x, weight, bias = autocast_inputs(x, weight, bias)
+    if needs_gradient(x, weight, bias) or not _served(x, weight, bias):
+        return NotImplemented
+    rows = _as_rows(x)
+    if configs.matmul_provider("linear", rows.shape[0], rows.element_size()) != "triton":
+        return NotImplemented
+    out: Tensor = _linear_fwd(rows, _readable(weight), bias.contiguous())
+    return out.view(*x.shape[:-1], weight.shape[1])
+
+
+def _gelu_mlp_triton(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    x, *parameters = autocast_inputs(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    if not _served(x, *parameters):
+        return NotImplemented
+    if residual is not None and (residual.dtype not in DTYPES or residual.device != x.device):
+        return NotImplemented
+    fc_weight, fc_bias, proj_weight, proj_bias = parameters
+    tensors = (
+        _as_rows(x),
+        _readable(fc_weight),
+        fc_bias.contiguous(),
+        _readable(proj_weight),
+        proj_bias.contiguous(),
+        None if residual is None else _as_rows(residual),
+    )
+    # The gradient of the second bias and of the residual need nothing saved.
+    if needs_gradient(*tensors):
+        out = _GeluMlp.apply(*tensors, needs_gradient(*tensors[:4]))[0]
+    else:
+        out = _gelu_mlp_fwd(*tensors, False)[0]
+    return out.view(*x.shape[:-1], proj_weight.shape[1])
+
+
+_linear = register_op(
+    "linear(Tensor x, Tensor weight, Tensor bias) -> Tensor", torch_ops.linear, _linear_triton
+)
 _gelu_mlp = register_op(
     "gelu_mlp(Tensor x, Tensor fc_weight, Tensor fc_bias, Tensor proj_weight, Tensor proj_bias,"
     " Tensor? residual) -> Tensor",
     torch_ops.gelu_mlp,
+    _gelu_mlp_triton,
 )
 
 

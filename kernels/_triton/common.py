@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+# Constants stand second in a product: constexpr * tensor fails in the interpreter of Triton 3.7.
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E); the chip has exp2
 _TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 _CUBIC = tl.constexpr(0.044715)
@@ -17,14 +18,14 @@ def sigmoid(x):
 @triton.jit
 def gelu(x):
     """GELU in the tanh form, of float32 x: (1 + tanh(z)) / 2 is sigmoid(2z)."""
-    return x * sigmoid(_TWO_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x))
+    return x * sigmoid((x + x * x * x * _CUBIC) * _TWO_SQRT_2_OVER_PI)
 
 
 @triton.jit
 def gelu_and_grad(x):
     """`gelu` and its derivative, of float32 x."""
     square = x * x
-    gate = sigmoid(_TWO_SQRT_2_OVER_PI * x * (1.0 + _CUBIC * square))
-    slope = _TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * square)
+    gate = sigmoid(x * (1.0 + square * _CUBIC) * _TWO_SQRT_2_OVER_PI)
+    slope = (1.0 + square * (3.0 * _CUBIC)) * _TWO_SQRT_2_OVER_PI
     value = x * gate
     return value, gate + value * (1.0 - gate) * slope

@@ -107,14 +107,14 @@ _MATMUL_TILES_TMA = (
 # Of chips without it, or with less than Hopper's shared memory, and of rows that do not start at
 # multiples of 16 bytes: 96 KiB of blocks are within every chip's.
 _MATMUL_TILES = (
-    MatmulTile(128, 128, 64, warps=8, stages=3, programs=1, use_tma=False),
-    MatmulTile(64, 64, 64, warps=4, stages=3, programs=3, use_tma=False),
+    MatmulTile(128, 128, 64, warps=8, stages=4, programs=1, use_tma=False),
+    MatmulTile(64, 64, 64, warps=4, stages=4, programs=2, use_tma=False),
 )
-# Decoding: the weights are read once, so what counts is bytes on their way: 4 stages of 8 KiB in
+# Decoding: the weights are read once, so what counts is bytes on their way: 4 blocks of 8 KiB in
 # every program, whose 16 rows are the least that tensor cores take.
-_MATMUL_TILE_FEW_ROWS = MatmulTile(16, 32, 128, warps=4, stages=4, programs=4, use_tma=False)
+_MATMUL_TILE_FEW_ROWS = MatmulTile(16, 32, 128, warps=4, stages=5, programs=4, use_tma=False)
 # Fused multiply-add: no tensor cores at full precision.
-_MATMUL_TILE_FLOAT32 = MatmulTile(64, 64, 32, warps=4, stages=3, programs=2, use_tma=False)
+_MATMUL_TILE_FLOAT32 = MatmulTile(64, 64, 32, warps=8, stages=3, programs=2, use_tma=False)
 _MATMUL_FILLED = 0.7  # of the multiprocessors is enough
 
 
