@@ -12,7 +12,7 @@ from gpt2fast.kernels.attention import (
 )
 from gpt2fast.kernels.attention_append import attention_append
 from gpt2fast.kernels.backend import backend
-from gpt2fast.kernels.embedding import embedding
+from gpt2fast.kernels.embedding import embedding, embedding_layer_norm
 from gpt2fast.kernels.gelu_mlp import gelu_mlp, linear
 from gpt2fast.kernels.layer_norm import add_layer_norm, layer_norm
 from gpt2fast.kernels.lm_head import lm_head_loss
@@ -23,6 +23,7 @@ __all__ = [
     "backend",
     "causal_attention",
     "embedding",
+    "embedding_layer_norm",
     "gelu_mlp",
     "layer_norm",
     "linear",

@@ -49,6 +49,20 @@ def embedding(
     return hidden if token_type_ids is None else hidden + F.embedding(token_type_ids, wte)
 
 
+def embedding_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    wte: Tensor,
+    wpe: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    hidden = embedding(input_ids, position_ids, token_type_ids, wte, wpe)
+    return layer_norm(hidden, weight, bias, eps), hidden
+
+
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Views of a packed ``[B, T, 3C]``: q ``[B, H, T, D]`` and kv ``[2, B, H, T, D]``."""
     batch, length, width = qkv.shape

@@ -76,6 +76,17 @@ def attention_fwd_config(
     return AttentionConfig(128, 64, 4, 3)
 
 
+def attention_bwd_configs(
+    target: Target, element_size: int, block_d: int
+) -> tuple[AttentionConfig, AttentionConfig]:
+    """Predicted."""
+    if element_size == 4:
+        return AttentionConfig(32, 32, 4, 2), AttentionConfig(32, 32, 4, 2)
+    if block_d > 64:
+        return AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 64, 8, 2)
+    return AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 128, 8, 2)
+
+
 @dataclass(frozen=True)
 class MatmulTile:
     """Tiles of ``matmul.py``: blocks of M, N and K, warps, stages.
@@ -302,6 +313,36 @@ def layer_norm_bwd_tile(width: int, itemsize: int) -> LayerNormBwdTile:
 
 # (programs' shares a step, columns, warps): at width 768 96 programs, each with a step or two.
 LAYER_NORM_AFFINE_SUM = (256, 16, 8)
+
+
+@dataclass(frozen=True)
+class EmbeddingBwdConfig:
+    """`embedding_bwd`: chunks of the sorted ids, and the tiles of its two kernels."""
+
+    shortest_chunk: int
+    most_chunks: int
+    sum_block_n: int
+    sum_warps: int
+    sum_stages: int
+    join_block_m: int
+    join_block_n: int
+    join_warps: int
+
+
+# One warp reads 16 bytes a thread of a 16-bit row, three rows ahead. 16k ids of width 768 are 1024
+# chunks by 3 column blocks: 23 warps on each of 132 multiprocessors, 35 KB in flight. Chunks grow
+# instead of becoming more than 2048, so one id everywhere leaves at most 64 steps of the join.
+# Predicted.
+EMBEDDING_BWD = EmbeddingBwdConfig(
+    shortest_chunk=16,
+    most_chunks=2048,
+    sum_block_n=256,
+    sum_warps=1,
+    sum_stages=4,
+    join_block_m=32,
+    join_block_n=128,
+    join_warps=4,
+)
 
 
 def _padded(width: int) -> int:
