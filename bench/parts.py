@@ -1,0 +1,321 @@
+"""The parts of the GPU suite, as its parent process sees them."""
+
+import argparse
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import report, sanitizer
+from bench.environment import ROOT
+from bench.processes import Failed, Process, TimedOut, tail
+
+PARTS = ("parity", "sanitize", "limits", "ops")
+# What of the whole budget a part may take at most, so that the next have their share.
+_MOST = {"parity": 0.42, "sanitize": 0.22, "limits": 0.12, "ops": 1.0}
+_OVERRUN = 15.0  # seconds that a case may run on when the budget ends
+_STARTING = 120.0  # seconds until a process must give its first sign of life
+_TEST_PROCESSES = 8
+_ATTEMPTS = 3  # at a case, each without the provider that broke the one before
+# Errors that another test may be to blame for: they are run again, alone.
+_VICTIMS = re.compile(r"out of memory|OutOfMemory|CUDA error|unspecified launch failure")
+# Stands for the tests of all kernels in a dry run.
+_DRY_TESTS = ["tests/kernels/test_embedding.py", "-k", "forward"]
+
+
+class Suite:
+    """Runs the parts one after the other and fills the record.
+
+    Args:
+        record: the record, filled in place; ``write`` saves it.
+        log: where the processes' own output goes.
+        options: the command line.
+        deadline: when the budget ends.
+    """
+
+    def __init__(
+        self,
+        record: dict[str, Any],
+        write: Callable[[], None],
+        log: Path,
+        options: argparse.Namespace,
+        deadline: float,
+    ) -> None:
+        self._record, self._write, self._options = record, write, options
+        self._log_path = log
+        self._deadline = deadline
+        dry_run = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._variables = dry_run if options.dry_run else {}
+
+    def run(self) -> None:
+        only = self._options.only
+        # Without the limits the ops would have nothing to be held against.
+        chosen = [p for p in PARTS if p in only or (p == "limits" and "ops" in only)]
+        with self._log_path.open("w", encoding="utf-8") as self._log:
+            for name in chosen:
+                part = self._record["parts"][name] = {"status": "running"}
+                self._write()
+                begin = time.time()
+                end = min(self._deadline, begin + _MOST[name] * self._options.budget_seconds)
+                try:
+                    if begin >= self._deadline:
+                        raise TimedOut("no time was left")
+                    getattr(self, f"_{name}")(part, end, only.get(name, ""))
+                except TimedOut as error:
+                    part |= {"status": "incomplete", "reason": str(error)}
+                except Failed as error:
+                    self._fail(name, str(error), part)
+                part["seconds"] = round(time.time() - begin, 1)
+                self._write()
+
+    def _fail(self, name: str, reason: str, part: dict[str, Any]) -> None:
+        part |= {"status": "failed", "reason": reason, "log": tail(self._log_path)}
+        self._record["failures"].append(f"{name}: {reason}")
+
+    # parity
+
+    def _parity(self, part: dict[str, Any], end: float, only: str) -> None:
+        kernels = _DRY_TESTS if self._options.dry_run else ["tests/kernels"]
+        marked = [
+            str(path.relative_to(ROOT))
+            for path in sorted((ROOT / "tests").rglob("test_*.py"))
+            if "mark.gpu" in path.read_text("utf-8")
+        ]
+        tests: dict[str, dict[str, Any]] = {}
+        part["tests"] = tests
+        matching = ["-k", only] if only else []
+        late = None
+        runs = [([*kernels, "-m", "not gpu"], 0.5), ([*marked, "-m", "gpu"], 1.0)]
+        for arguments, share in runs if marked else runs[:1]:
+            until = time.time() + share * (end - time.time())
+            try:
+                self._pytest([*arguments, *matching], until, tests, _TEST_PROCESSES)
+            except TimedOut as error:
+                late = error
+        victims = [
+            name
+            for name, test in tests.items()
+            if test["outcome"] in ("failed", "error") and _VICTIMS.search(test["message"])
+        ]
+        if victims and late is None:
+            again: dict[str, dict[str, Any]] = {}
+            self._pytest(victims, end, again, 1)
+            for name, test in again.items():
+                tests[name] = {**test, "first": tests[name]["message"]}
+        part["counts"] = dict(Counter(test["outcome"] for test in tests.values()))
+        wrong = [name for name, t in tests.items() if t["outcome"] in ("failed", "error")]
+        self._record["failures"] += [f"parity: {name}" for name in wrong]
+        if wrong:
+            part["status"] = "failed"
+        elif late is not None:
+            raise late
+        elif not part["counts"].get("passed"):
+            raise Failed("no test passed")
+        else:
+            part["status"] = "passed"
+
+    def _pytest(
+        self, arguments: list[str], until: float, tests: dict[str, Any], processes: int
+    ) -> None:
+        """Add the outcomes to ``tests``, those too that were known when time was up."""
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+        command += ["-p", "bench.outcomes", "--continue-on-collection-errors"]
+        if importlib.util.find_spec("xdist") and not self._options.dry_run and processes > 1:
+            command += ["-n", str(processes)]
+        if importlib.util.find_spec("pytest_timeout"):
+            command += ["--timeout", "90"]
+        with tempfile.TemporaryDirectory() as folder:
+            outcomes = Path(folder) / "outcomes"
+            outcomes.touch()
+            variables = {**self._variables, "GPT2FAST_OUTCOMES": str(outcomes)}
+            status = None
+            try:
+                with Process([*command, *arguments], self._log, variables) as process:
+                    status = process.wait(until)
+            finally:
+                for line in outcomes.read_text("utf-8").splitlines():
+                    test = json.loads(line)
+                    tests[test.pop("id")] = test
+            # 0: passed, 1: some failed, 5: none selected.
+            if status not in (0, 1, 5):
+                raise Failed(f"pytest ended with status {status}")
+
+    # sanitize
+
+    def _sanitize(self, part: dict[str, Any], end: float, only: str) -> None:
+        part["exercised"] = self._exercise([], end, only, plant=False)
+        program = sanitizer.find_sanitizer()
+        part["tools"] = {}
+        for tool in sanitizer.TOOLS:
+            part["tools"][tool] = self._checked(program, tool, end, only)
+            self._write()
+        states = {tool["status"] for tool in part["tools"].values()}
+        for status in ("failed", "incomplete", "not available", "skipped"):
+            if status in states:
+                part["status"] = status
+                return
+        part["status"] = "passed"
+
+    def _exercise(self, before: list[str], end: float, only: str, plant: bool) -> list[str]:
+        """Run every op on small shapes; returns the cases' names."""
+        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if plant else {}
+        job = {"part": "exercise", "only": only, "plant": plant}
+        exercised: list[str] = []
+        with self._worker(job, before, variables) as process:
+            for message in process.messages(end, _STARTING):
+                exercised = message.get("exercised", exercised)
+                if exercised and before:
+                    process.wait(end)  # whatever its status: the tool's log tells more
+                    break
+        return exercised
+
+    def _checked(self, program: str | None, tool: str, end: float, only: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / tool
+            command = sanitizer.sanitizer_command(program or "compute-sanitizer", tool, log)
+            if self._options.dry_run:
+                return {"status": "skipped", "reason": "a dry run", "command": command}
+            if program is None:
+                return {"status": "not available", "reason": "compute-sanitizer is not installed"}
+            plant, exercised, ended = tool == "memcheck", [], ""
+            try:
+                exercised = self._exercise(command, end, only, plant)
+            except TimedOut as error:
+                return {"status": "incomplete", "reason": str(error)}
+            except Failed as error:
+                ended = str(error)
+            text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+        return self._judged(tool, plant, exercised, ended, text)
+
+    def _judged(
+        self, tool: str, plant: bool, exercised: list[str], ended: str, text: str
+    ) -> dict[str, Any]:
+        """What a checker's report says about our kernels."""
+        found = sanitizer.findings(text)
+        result: dict[str, Any] = {"exercised": len(exercised), "findings": found[:50]}
+        names = sanitizer.our_kernels()
+        ours = [finding for finding in found if any(name in finding for name in names)]
+        if ours:
+            result["status"] = "failed"
+            self._record["failures"] += [f"{tool}: {finding}" for finding in ours[:5]]
+        elif not sanitizer.finished(text):
+            result |= {"status": "not available", "reason": ended, "report": text[-1500:]}
+        elif plant and not any(sanitizer.PLANTED in finding for finding in found):
+            reason = "it did not report the out-of-bounds write that was planted"
+            result |= {"status": "not available", "reason": reason, "report": text[-1500:]}
+        elif not exercised:
+            result |= {"status": "failed", "reason": ended, "report": text[-1500:]}
+            self._record["failures"].append(f"{tool}: {ended}")
+        else:
+            result["status"] = "passed"
+        return result
+
+    # limits and ops
+
+    def _worker(self, job: dict[str, Any], before: list[str], variables: dict[str, str]) -> Process:
+        options = self._options
+        job = {**job, "table": options.table, "dry_run": options.dry_run}
+        command = [*before, sys.executable, "-m", "bench.worker", json.dumps(job)]
+        return Process(command, self._log, {**self._variables, **variables}, messages=True)
+
+    def _limits(self, part: dict[str, Any], end: float, only: str) -> None:
+        with self._worker({"part": "limits"}, [], {}) as process:
+            for message in process.messages(end, _STARTING):
+                part |= {"limits": message["limits"]} if "limits" in message else {}
+        part["status"] = "measured"
+
+    def _ops(self, part: dict[str, Any], end: float, only: str) -> None:
+        part["cases"] = []
+        state = _OpsState(part["cases"])
+        while not state.finished and time.time() < end:
+            job = {"part": "ops", "only": only, "deadline": end, **state.job()}
+            try:
+                with self._worker(job, [], {}) as process:
+                    for message in process.messages(end + _OVERRUN, _STARTING):
+                        state.take(message)
+                        if "case" in message:
+                            self._took(message["case"])
+                    break  # it ended by itself: done, or out of time
+            except TimedOut:
+                break
+            except Failed as error:
+                broken = state.broken(str(error))
+                if broken is None:
+                    raise
+                if broken:
+                    self._took(broken)
+        part["counts"] = dict(Counter(case["status"] for case in part["cases"]))
+        part["missing"] = state.missing()
+        part["status"] = "incomplete" if part["missing"] else "measured"
+
+    def _took(self, case: dict[str, Any]) -> None:
+        """Rates, failures and the file, after each case."""
+        limits = self._record["parts"].get("limits", {}).get("limits")
+        report.add_rates(case, limits)
+        if case["status"] == "failed":
+            self._record["failures"].append(f"ops: {case['case']}: {_reason(case)}")
+        self._write()
+
+
+def _reason(case: dict[str, Any]) -> str:
+    if "reason" in case:
+        return str(case["reason"])
+    times = [times["ours"] for times in case["times"].values()]
+    return next(r["wrong"] for r in (case["providers"]["ours"], *times) if "wrong" in r)
+
+
+class _OpsState:
+    """How far the cases are, across processes that may break."""
+
+    def __init__(self, cases: list[dict[str, Any]]) -> None:
+        self._cases = cases
+        self._planned: list[str] | None = None
+        self._current: str | None = None
+        self._provider: str | None = None
+        self._without: dict[str, dict[str, str]] = {}
+
+    @property
+    def finished(self) -> bool:
+        return self._planned is not None and not self.missing()
+
+    def missing(self) -> list[str]:
+        done = {case["case"] for case in self._cases}
+        return [name for name in self._planned or [] if name not in done]
+
+    def job(self) -> dict[str, Any]:
+        return {"done": [case["case"] for case in self._cases], "without": self._without}
+
+    def take(self, message: dict[str, Any]) -> None:
+        if "cases" in message:
+            self._planned = message["cases"]
+        elif "begin" in message:
+            self._current, self._provider = message["begin"], None
+        elif "phase" in message:
+            kind, _, name = message["phase"].partition(" ")
+            self._provider = name if kind == "provider" else None
+        elif "case" in message:
+            self._cases.append(message["case"])
+            self._current = None
+
+    def broken(self, reason: str) -> dict[str, Any] | None:
+        """The process broke: the record of a case to give up, empty to try again without a peer.
+
+        None where no case is to blame.
+        """
+        name, provider = self._current, self._provider
+        if name is None:
+            return None
+        self._current = None
+        without = self._without.setdefault(name, {})
+        if provider not in (None, "ours") and len(without) < _ATTEMPTS:
+            without[provider] = reason
+            return {}
+        record = {"case": name, "status": "failed", "reason": f"{provider or 'timing'}: {reason}"}
+        self._cases.append(record)
+        return record
