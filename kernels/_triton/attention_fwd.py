@@ -28,6 +28,7 @@ from gpt2fast.kernels._triton.attention_tiles import (
     store_tile,
     tile_bounds,
 )
+from gpt2fast.kernels._triton.common import LOG2_E
 from gpt2fast.kernels._triton.configs import attention_fwd_config
 from gpt2fast.kernels._triton.target import current_target
 
@@ -88,7 +89,7 @@ def _attend(
         total = total * shrink + tl.sum(weights, 1)
         top = new_top
         if dropout[0] is not None:
-            kept = kept_weights(dropout, PAST, query, key, BLOCK_M, BLOCK_N, False)
+            kept = kept_weights(dropout, 1 if PAST else 0, query, key, BLOCK_M, BLOCK_N, False)
             weights = tl.where(kept, weights, 0.0)
         v = load_heads(
             values, desc, key, rows, HEAD_SIZE, BLOCK_N, BLOCK_D, MASKED, PAST and MASKED
@@ -126,7 +127,7 @@ def _attention_fwd_kernel(
     section,
     scale,
     threshold,
-    inverse_keep,
+    kept_factor,
     HEAD_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -230,7 +231,7 @@ def _attention_fwd_kernel(
     )  # fmt: skip
 
     width = heads * HEAD_SIZE
-    acc *= (inverse_keep / total)[:, None]
+    acc *= (kept_factor / total)[:, None]
     target_ptr = out_ptr + batch.to(tl.int64) * length * width + head * HEAD_SIZE
     store_tile(target_ptr, query, length, width, acc, HEAD_SIZE, BLOCK_M, BLOCK_D)
     if lse_ptr is not None:
@@ -330,9 +331,8 @@ def launch_attention_fwd(
         num_heads,
         batch_heads,
         section,
-        scale * 1.4426950408889634,
-        dropout_threshold(dropout_p),
-        1.0 / (1.0 - dropout_p),
+        scale * LOG2_E.value,
+        *dropout_threshold(dropout_p),
         HEAD_SIZE=head_size,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

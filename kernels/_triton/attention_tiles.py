@@ -17,9 +17,9 @@ from gpt2fast.kernels.backend import DTYPES
 # In place of -inf: a row that sees no key of a tile then still has finite differences, and what it
 # adds up is multiplied by 0 when the row meets a key that it sees, at the latest itself.
 MASKED_SCORE = tl.constexpr(-1.0e30)
-# Philox4x32 is indistinguishable from random in BigCrush from 7 rounds on; 10 are the safety
-# margin of general-purpose generators (Salmon et al., "Parallel random numbers: as easy as
-# 1, 2, 3", 2011). The rounds are most of what dropout costs here.
+# Rounds from which on Philox2x32 is indistinguishable from random in BigCrush; the 10 of
+# general-purpose generators are a safety margin (Salmon et al., "Parallel random numbers: as easy
+# as 1, 2, 3", 2011). They are most of what dropout costs.
 _ROUNDS = tl.constexpr(7)
 # Bytes of keys and values whose programs run side by side; well within every chip's L2.
 _SECTION_BYTES = 16 << 20
@@ -162,33 +162,51 @@ def kept_weights(
     """Which attention weights dropout keeps, ``[ROWS, COLUMNS]``, a function of seed and position.
 
     dropout is (seed's pointer, batch * head, threshold); segment 1 is the past, 0 the new keys.
-    Rows are queries and columns keys of one segment, or the reverse if TRANSPOSED; the tile may
-    begin at any multiple of 16. One call of Philox serves four weights, those whose queries and
-    keys differ by 8: in the layout of the matrix instructions of compute capability 8 and 9 a
-    thread holds all four, whichever side is transposed.
+    Rows are queries and columns the segment's keys, or the reverse if TRANSPOSED; the tile may
+    begin at any multiple of 16.
+
+    Philox2x32 on counters (query, key), under a key of the seed, head and segment. A call's 64 bits
+    serve four weights, 16 bits each: those whose queries and keys differ by 8. In the layout of the
+    matrix instructions of compute capability 8 and 9 one thread holds these four, whichever side is
+    transposed, so nothing is exchanged between threads.
     """
     seed_ptr, batch_head, threshold = dropout
-    seed = tl.load(seed_ptr)
-    row_half = row // 2 + tl.arange(0, ROWS // 2)[:, None]
-    column_half = column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
-    zero = tl.zeros([ROWS // 2, COLUMNS // 2], tl.int32)
+    key, shift_query, shift_key, _ = tl.philox(tl.load(seed_ptr), 2 * batch_head + segment, 0, 0, 0)
+    rows = (row // 2 + tl.arange(0, ROWS // 2)[:, None]).to(tl.uint32)
+    columns = (column // 2 + tl.arange(0, COLUMNS // 2)[None, :]).to(tl.uint32)
+    zero = tl.zeros([ROWS // 2, COLUMNS // 2], tl.uint32)
     if TRANSPOSED:
-        w00, w10, w01, w11 = tl.philox(
-            seed, column_half + zero, row_half + zero, batch_head + zero, segment + zero, _ROUNDS
-        )
+        c0, c1 = columns + shift_query + zero, rows + shift_key + zero
     else:
-        w00, w01, w10, w11 = tl.philox(
-            seed, row_half + zero, column_half + zero, batch_head + zero, segment + zero, _ROUNDS
-        )
-    words = tl.join(tl.join(w00, w10), tl.join(w01, w11))  # [ROWS / 2, COLUMNS / 2, 2, 2]
+        c0, c1 = rows + shift_query + zero, columns + shift_key + zero
+    for _ in tl.static_range(_ROUNDS):
+        # One instruction, where the two halves of a 32-bit product would take two.
+        product = c0.to(tl.uint64) * 0xD256D193
+        c0 = (product >> 32).to(tl.uint32) ^ key ^ c1
+        c1 = product.to(tl.uint32)
+        key += 0x9E3779B9
+    # Words by the key's bit of 8, their halves by the query's. In each the upper bits count.
+    if TRANSPOSED:
+        words = tl.join(c0, c1)  # [ROWS / 2, COLUMNS / 2, 2]
+        words = tl.join(words, words << 16)  # [ROWS / 2, COLUMNS / 2, 2, 2]
+    else:
+        words = tl.join(c0, c1)
+        words = tl.join(words << 16, words)
     words = tl.reshape(words, [ROWS // 16, 8, COLUMNS // 16, 8, 2, 2])
-    words = tl.reshape(tl.permute(words, [0, 4, 1, 2, 5, 3]), [ROWS, COLUMNS])
-    return words.to(tl.int32, bitcast=True) >= threshold
+    if TRANSPOSED:
+        words = tl.permute(words, [0, 4, 1, 2, 5, 3])
+    else:
+        words = tl.permute(words, [0, 5, 1, 2, 4, 3])
+    return tl.reshape(words, [ROWS, COLUMNS]).to(tl.int32, bitcast=True) >= threshold
 
 
-def dropout_threshold(dropout_p: float) -> int:
-    """What a random int32 must reach for its weight to be kept."""
-    return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
+def dropout_threshold(dropout_p: float) -> tuple[int, float]:
+    """What a random int32 must reach for its weight to be kept, and what to multiply it by.
+
+    The probability is rounded to 16 bits; the factor makes up for what is really dropped.
+    """
+    dropped = round(dropout_p * 2**16)
+    return (dropped << 16) - 2**31, 2**16 / (2**16 - dropped)
 
 
 def section_heads(keys: int, head_bytes: int) -> int:

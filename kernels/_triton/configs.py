@@ -209,8 +209,8 @@ _LM_HEAD_DECODE = LMHeadTile(16, 128, 128, warps=4, stages=4, programs=3, tma=Fa
 _LM_HEAD_FEW_ROWS = LMHeadTile(64, 128, 128, warps=4, stages=3, programs=3, tma=False)
 # 85 operations a byte read from L2, the most that one program's registers allow, on Hopper only.
 _LM_HEAD_LOSS = LMHeadTile(128, 256, 128, warps=8, stages=3, programs=1, tma=True)
-# Half as wide: sort keys take two registers each beside the logits, and on Blackwell the exponentials
-# of a wider tile spill. Two programs at a time, so that one multiplies while the other reduces.
+# Half as wide: sort keys take two registers each beside the logits, and on Blackwell the
+# exponentials of a wider tile spill.
 _LM_HEAD_HALF = LMHeadTile(128, 128, 128, warps=8, stages=3, programs=2, tma=True)
 # Chips without descriptors, and widths that they cannot address. Within every chip's 96 KB.
 _LM_HEAD_POINTERS = LMHeadTile(128, 128, 128, warps=8, stages=3, programs=1, tma=False)
