@@ -18,9 +18,11 @@ Beams: with ``source_rows`` the key at position s of row b is read from the cach
 ``source_rows[b, s]``, while new ones are written to row b. Reordering beams then means gathering
 rows of that table rather than of the cache.
 
-On the kernels, up to 16 queries a row are served by ``_triton/decode.py``, which splits the keys of
-a head among several programs; more by PyTorch's operators. In both the cache may have another dtype
-than the projection, as at the border of autocast: it keeps its own, and so does the result.
+On our kernels, up to 16 queries a row are served by ``_triton/decode.py``, which splits the keys of
+a head among several programs, and more by ``_triton/attention_fwd.py``. The cache may have another
+dtype than the projection, as at the border of autocast: it keeps its own, and the result has the
+projection's. PyTorch's operators serve complete masks, and ``source_rows`` with more than 16
+queries.
 """
 
 import torch
@@ -28,23 +30,38 @@ from torch import Tensor
 
 from gpt2fast.kernels import torch_ops
 from gpt2fast.kernels.attention import check_inputs
+from gpt2fast.kernels.backend import DTYPES
 from gpt2fast.kernels.registry import autocast_inputs, register_kernel, register_op
 
-_MAX_QUERIES = 16  # of a row, that the split-key kernel serves: the rows of one matrix tile
+MAX_SPLIT_QUERIES = 16  # of a row, that the kernel of split keys serves
+ALIGNMENT = 8  # elements; the kernels take strides in multiples of it, for loads of 16 bytes
 _MAX_HEAD_SIZE = 128
-_ALIGNMENT = 8  # elements that strides of kernel operands are multiples of: 16-byte loads
 
 
-def _decode_fake(qkv: Tensor, *_: object) -> Tensor:
+def aligned(tensor: Tensor) -> bool:
+    """Whether all strides but the last are multiples of `ALIGNMENT`, where they count."""
+    sizes, strides = tensor.shape[:-1], tensor.stride()
+    return all(n == 1 or s % ALIGNMENT == 0 for n, s in zip(sizes, strides, strict=False))
+
+
+def contiguous_rows(tensor: Tensor) -> bool:
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
+def _fake(qkv: Tensor, *_: object) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
 
 
-_attention_decode = register_kernel(
-    "attention_decode(Tensor qkv, Tensor(a!) kv_cache, SymInt start, Tensor? starts, int num_heads,"
-    " Tensor? mask, Tensor? first_keys, Tensor? source_rows, float scale) -> Tensor",
-    "decode:attention_decode",
-    _decode_fake,
+_attention_append_fwd = register_kernel(
+    "attention_append_fwd(Tensor qkv, Tensor(a!) kv_cache, SymInt start, Tensor? starts,"
+    " int num_heads, Tensor? mask, Tensor? first_keys, Tensor? source_rows, float scale) -> Tensor",
+    "decode:attention_append",
+    _fake,
 )
+
+
+def _with_contiguous_rows(table: Tensor | None) -> Tensor | None:
+    return table if table is None or contiguous_rows(table) else table.contiguous()
 
 
 def _attention_append_triton(
@@ -62,20 +79,25 @@ def _attention_append_triton(
     """The op on our kernels, whose scores and softmax are in float32 whatever ``upcast`` says."""
     head_size = kv_cache.shape[4]
     if (
-        qkv.shape[1] > _MAX_QUERIES
-        or not kv_cache.is_floating_point()
-        or (mask is not None and mask.dim() == 4)
-        or head_size % _ALIGNMENT
+        (mask is not None and mask.dim() == 4)
+        or (source_rows is not None and qkv.shape[1] > MAX_SPLIT_QUERIES)
+        or kv_cache.dtype not in DTYPES
+        or head_size % ALIGNMENT
         or head_size > _MAX_HEAD_SIZE
         or kv_cache.stride(4) != 1
-        or any(kv_cache.stride(i) % _ALIGNMENT for i in range(4))
+        or not aligned(kv_cache)
+        or scale <= 0
     ):
         return NotImplemented
-    if qkv.stride(2) != 1 or qkv.stride(0) % _ALIGNMENT or qkv.stride(1) % _ALIGNMENT:
+    if qkv.stride(2) != 1 or not aligned(qkv):
         qkv = qkv.contiguous()
-    out = _attention_decode(
+    starts, mask, first_keys, source_rows = map(
+        _with_contiguous_rows, (starts, mask, first_keys, source_rows)
+    )
+    out = _attention_append_fwd(
         qkv, kv_cache, start, starts, num_heads, mask, first_keys, source_rows, scale
     )
+    torch.autograd.graph.increment_version(kv_cache)  # as PyTorch's in-place operators do
     # Under autocast PyTorch's attention gives the lower precision, also for a float32 projection.
     result: Tensor = autocast_inputs(out)[0]
     return result

@@ -20,12 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpt2fast.kernels._triton.attention_fwd import launch_attention_fwd
+from gpt2fast.kernels._triton.attention_tiles import check_heads, check_rows
 from gpt2fast.kernels._triton.common import LOG2_E
 from gpt2fast.kernels._triton.configs import decode_config, decode_splits
 from gpt2fast.kernels._triton.target import current_target
-
-_UNIT = 8  # strides are passed in multiples of it, which tells the compiler of 16-byte alignment
-_MAX_QUERIES = 16
+from gpt2fast.kernels.attention_append import (
+    ALIGNMENT,
+    MAX_SPLIT_QUERIES,
+    aligned,
+    contiguous_rows,
+)
 
 
 @triton.jit
@@ -188,7 +193,8 @@ def _attention_decode_kernel(
             top, total, acc = _attend_rows(q, k_new, v_new, seen, scale, top, total, acc)
 
     # [BLOCK_T, BLOCK_D]
-    result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    total = tl.where(total > 0.0, total, 1.0)  # 0 for a split without keys, whose top is -inf
+    result = acc / total[:, None]
     if partial_ptr is None:
         out_row = (row * length + offs_t)[:, None]
         out = out_ptr + out_row * width + head * HEAD_SIZE + offs_d[None, :]
@@ -234,7 +240,7 @@ def _attention_combine_kernel(
     tl.store(out, merged.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
-def attention_decode(
+def attention_append(
     qkv: Tensor,
     kv_cache: Tensor,
     start: int,
@@ -245,36 +251,70 @@ def attention_decode(
     source_rows: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Append up to 16 positions a row to the cache and attend; see `attention_append`.
+    """The op: split keys for up to 16 queries a row, tiles of queries for more.
 
     Args:
-        qkv: ``[B, T, 3C]``; its last stride is 1, the others multiples of 8.
-        kv_cache: ``[2, R, H, capacity, D]``, strided likewise; R >= B.
+        qkv: ``[B, T, 3C]``.
+        kv_cache: ``[2, R, H, capacity, D]`` of any dtype of ours; R >= B.
         start: positions in use, where ``starts`` (int32 ``[B]``) is None.
         mask: ``[B, S]`` boolean or None; S >= start + T, or the capacity.
         first_keys: int32 ``[B]`` or None.
-        source_rows: int32 ``[B, capacity]`` or None.
+        source_rows: int32 ``[B, capacity]`` or None, which it has to be for more queries.
+        scale: positive.
+        All with a last stride of 1; the other strides of qkv and the cache are multiples of 8.
 
     Returns:
         ``[B, T, C]``, contiguous, in qkv's dtype.
     """
+    batch, length, _ = qkv.shape
+    capacity = kv_cache.shape[3]
+    _check(qkv, kv_cache, num_heads, mask, source_rows)
+    check_rows(batch, qkv.device, starts=starts, first_keys=first_keys)
+    if length <= MAX_SPLIT_QUERIES:
+        return _attention_decode(qkv, kv_cache, start, starts, mask, first_keys, source_rows, scale)
+    if source_rows is not None:
+        raise ValueError(f"source_rows serve up to {MAX_SPLIT_QUERIES} queries a row; got {length}")
+    if starts is not None:
+        starts = starts.clamp(0, capacity - length)  # a row without room writes within its own
+    out, _ = launch_attention_fwd(
+        qkv,
+        num_heads,
+        scale=scale,
+        past=kv_cache,
+        start=start if starts is None else starts,
+        key_mask=mask,
+        first_keys=first_keys,
+        write_cache=True,
+    )
+    return out
+
+
+def _attention_decode(
+    qkv: Tensor,
+    kv_cache: Tensor,
+    start: int,
+    starts: Tensor | None,
+    mask: Tensor | None,
+    first_keys: Tensor | None,
+    source_rows: Tensor | None,
+    scale: float,
+) -> Tensor:
     batch, length, width = qkv.shape
     _, rows, heads, capacity, head_size = kv_cache.shape
-    _check(qkv, kv_cache, num_heads)
     out = torch.empty((batch, length, width // 3), dtype=qkv.dtype, device=qkv.device)
     if not out.numel():
         return out
     config = decode_config(max(qkv.element_size(), kv_cache.element_size()), length)
-    most = start if starts is None else capacity
+    past = start if starts is None else capacity
     target = current_target(qkv.device)
-    splits = decode_splits(batch * heads, most, config.block_s, target.multiprocessors)
+    splits = decode_splits(batch * heads, past, config.block_s, target.multiprocessors)
     partial = None
     if splits > 1:
         size = batch * heads * splits * length * (head_size + 1)
         partial = torch.empty(size, dtype=torch.float32, device=qkv.device)
     block_d = max(16, triton.next_power_of_2(head_size))
-    qkv_strides = [s // _UNIT for s in qkv.stride()[:2]]
-    cache_strides = [s // _UNIT for s in kv_cache.stride()[:4]]
+    qkv_strides = [s // ALIGNMENT for s in qkv.stride()[:2]]
+    cache_strides = [s // ALIGNMENT for s in kv_cache.stride()[:4]]
     _attention_decode_kernel[(batch, heads, splits)](
         qkv, kv_cache, out, partial,
         starts, first_keys, mask, source_rows,
@@ -282,33 +322,41 @@ def attention_decode(
         *qkv_strides, *cache_strides,
         0 if mask is None else mask.stride(0),
         0 if source_rows is None else source_rows.stride(0),
-        HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_T=1 if length == 1 else _MAX_QUERIES,
-        BLOCK_S=config.block_s, UNIT=_UNIT,
+        HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_T=1 if length == 1 else MAX_SPLIT_QUERIES,
+        BLOCK_S=config.block_s, UNIT=ALIGNMENT,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if partial is not None:
-        block_splits = 16 if splits <= 16 else 64
+        few = splits <= 16
         _attention_combine_kernel[(batch * length, heads)](
             partial, out, length, splits,
-            HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_SPLITS=block_splits,
-            num_warps=1 if splits <= 16 else 4,
+            HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_SPLITS=16 if few else 64,
+            num_warps=1 if few else 4,
         )  # fmt: skip
     return out
 
 
-def _check(qkv: Tensor, kv_cache: Tensor, num_heads: int) -> None:
+def _check(
+    qkv: Tensor, kv_cache: Tensor, num_heads: int, mask: Tensor | None, source_rows: Tensor | None
+) -> None:
     """Raise a ValueError for what the kernel would misread."""
-    rows, heads, _, head_size = kv_cache.shape[1:]
-    if qkv.shape[1] > _MAX_QUERIES:
-        raise ValueError(f"at most {_MAX_QUERIES} queries a row; got {qkv.shape[1]}")
-    if heads != num_heads or qkv.shape[2] != 3 * heads * head_size or rows < qkv.shape[0]:
-        raise ValueError(
-            f"the cache must be [2, >= {qkv.shape[0]}, {num_heads}, capacity, "
-            f"{qkv.shape[2] // (3 * num_heads)}]; got {list(kv_cache.shape)}"
-        )
+    batch, length, width = qkv.shape
+    rows, capacity = kv_cache.shape[1], kv_cache.shape[3]
+    head_size = width // (3 * num_heads)
+    check_heads("qkv", qkv, (batch, length, 3 * num_heads * head_size), qkv.device)
+    shape = (2, max(rows, batch), num_heads, capacity, head_size)
+    check_heads("kv_cache", kv_cache, shape, qkv.device)
     for name, tensor in (("qkv", qkv), ("kv_cache", kv_cache)):
-        stride = tensor.stride()
-        if stride[-1] != 1 or any(s % _UNIT for s in stride[:-1]):
+        if not aligned(tensor):
             raise ValueError(
-                f"{name}'s last stride must be 1, the others multiples of {_UNIT}; got {stride}"
+                f"{name}'s strides must be multiples of {ALIGNMENT}; got {tensor.stride()}"
+            )
+    for name, table, dtype in (
+        ("mask", mask, torch.bool),
+        ("source_rows", source_rows, torch.int32),
+    ):
+        if table is not None and (table.dtype != dtype or not contiguous_rows(table)):
+            raise ValueError(
+                f"{name} must be {dtype}, its rows contiguous; got {table.dtype} with strides "
+                f"{table.stride()}"
             )

@@ -27,10 +27,10 @@ def _decode(
     ragged: bool = False,
 ) -> None:
     """A step behind capacity - length positions; a ragged one with all tables and a mask."""
-    from gpt2fast.kernels._triton.decode import attention_decode
+    from gpt2fast.kernels._triton.decode import attention_append
 
     tables = {"dtype": torch.int32}
-    attention_decode(
+    attention_append(
         empty(batch, length, 3 * heads * head_size, dtype=dtype),
         empty(2, batch, heads, capacity, head_size, dtype=dtype),
         capacity - length,
