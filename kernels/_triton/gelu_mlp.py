@@ -57,7 +57,7 @@ def gelu_mlp_bwd(
     need_fc_bias: bool,
     need_proj_weight: bool,
     need_proj_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of x, fc_weight, fc_bias, proj_weight, proj_bias; empty where not needed.
 
     Args:
@@ -66,21 +66,12 @@ def gelu_mlp_bwd(
         pre: what forward gave; not read where only proj_bias' gradient is needed.
         fc_weight, proj_weight: as in forward.
     """
-    dtype = pre.dtype
-    dout = dout.to(dtype)
-    dx = dfc_weight = dfc_bias = dproj_weight = dproj_bias = pre.new_empty(0)
+    dout = dout.to(pre.dtype)
+    dx = dfc_weight = dfc_bias = dproj_weight = dproj_bias = None
     if need_x or need_fc_weight or need_fc_bias:
-        dhidden_weight = proj_weight.t()
-        if _ours("gelu_grad", dout):
-            dpre, hidden, sums = matmul_gelu_grad(
-                dout, dhidden_weight, pre, save_gelu=need_proj_weight, sum_rows=need_fc_bias
-            )
-        else:
-            dpre = torch.ops.aten.gelu_backward(dout @ dhidden_weight, pre, approximate="tanh")
-            hidden = F.gelu(pre, approximate="tanh") if need_proj_weight else pre
-            sums = dpre
+        dpre, hidden, sums = _gelu_grad(dout, proj_weight.t(), pre, need_proj_weight, need_fc_bias)
         if need_fc_bias:
-            dfc_bias = sums.sum(0).to(dtype)
+            dfc_bias = sums.sum(0).to(pre.dtype)
         if need_fc_weight:
             assert x is not None
             dfc_weight = x.t() @ dpre
@@ -92,4 +83,15 @@ def gelu_mlp_bwd(
         dproj_weight = hidden.t() @ dout
     if need_proj_bias:
         dproj_bias = dout.sum(0)
-    return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
+    grads = (dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias)
+    return tuple(pre.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _gelu_grad(
+    dout: Tensor, weight: Tensor, pre: Tensor, save_gelu: bool, sum_rows: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `matmul_gelu_grad`, by whoever is faster."""
+    if _ours("gelu_grad", dout):
+        return matmul_gelu_grad(dout, weight, pre, save_gelu=save_gelu, sum_rows=sum_rows)
+    dpre = torch.ops.aten.gelu_backward(dout @ weight, pre, approximate="tanh")
+    return dpre, F.gelu(pre, approximate="tanh") if save_gelu else pre, dpre
