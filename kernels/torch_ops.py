@@ -159,6 +159,8 @@ def causal_attention(
     num_heads: int,
     past_kv: Tensor | None,
     mask: Tensor | None,
+    first_keys: Tensor | None,
+    lengths: Tensor | None,
     scale: float,
     dropout_p: float,
     upcast: bool,
@@ -166,6 +168,10 @@ def causal_attention(
     q, kv = split_heads(qkv, num_heads)
     if past_kv is not None:
         kv = torch.cat((past_kv, kv), dim=3)
+    for bound, keeps in ((first_keys, torch.ge), (lengths, torch.lt)):
+        if bound is not None:
+            kept = keeps(torch.arange(kv.shape[3], device=qkv.device), bound[:, None])
+            mask = kept if mask is None else mask & kept
     return _attend(q, kv, mask, scale, dropout_p, upcast)
 
 

@@ -30,6 +30,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "linear": (kernels.linear, (X, *FC)),
     "gelu_mlp": (kernels.gelu_mlp, (X, *FC, *PROJ, X)),
     "embedding": (lambda *t: kernels.embedding(IDS, IDS[:1], IDS, *t), (WTE, WPE)),
+    "embedding_layer_norm": (
+        lambda *t: kernels.embedding_layer_norm(IDS, IDS[:1], IDS, *t),
+        (WTE, WPE, *AFFINE),
+    ),
     "causal_attention": (
         lambda qkv, past: kernels.causal_attention(qkv, H, past_kv=past),
         (QKV, PAST),
@@ -55,7 +59,8 @@ OPS: dict[str, tuple[Any, ...]] = {
     "linear": (X, *FC),
     "gelu_mlp": (X, *FC, *PROJ, None),
     "embedding": (IDS, IDS[:1], None, WTE, WPE),
-    "causal_attention": (QKV, H, PAST, None, 0.3, 0.0, False),
+    "embedding_layer_norm": (IDS, IDS[:1], IDS, WTE, WPE, *AFFINE, 1e-5),
+    "causal_attention": (QKV, H, PAST, None, None, None, 0.3, 0.0, False),
     "attention_append": (
         QKV,
         torch.zeros(2, 2, H, 8, C // H),
@@ -165,9 +170,9 @@ def test_meta_tensors(name: str) -> None:
     expected = call(*tensors)
 
     def on_meta(*t: Tensor) -> Any:
-        if name == "embedding":
+        if name.startswith("embedding"):
             ids = IDS.to("meta")
-            return kernels.embedding(ids, ids[:1], ids, *t)
+            return getattr(kernels, name)(ids, ids[:1], ids, *t)
         if name.startswith("lm_head"):
             reduction = "mean" if name == "lm_head_loss" else "none"
             return kernels.lm_head_loss(*t, LABELS.to("meta"), reduction=reduction)
