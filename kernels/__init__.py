@@ -16,6 +16,7 @@ from gpt2fast.kernels.embedding import embedding, embedding_layer_norm
 from gpt2fast.kernels.gelu_mlp import gelu_mlp, linear
 from gpt2fast.kernels.layer_norm import add_layer_norm, layer_norm
 from gpt2fast.kernels.lm_head import lm_head_loss
+from gpt2fast.kernels.lm_head_select import lm_head_argmax, lm_head_topk
 
 __all__ = [
     "add_layer_norm",
@@ -27,7 +28,9 @@ __all__ = [
     "gelu_mlp",
     "layer_norm",
     "linear",
+    "lm_head_argmax",
     "lm_head_loss",
+    "lm_head_topk",
     "packed_kv",
     "prepare_mask",
     "weighted_attention",

@@ -8,7 +8,11 @@ summed or averaged loss the gradients are formed while a chunk's probabilities a
     dL/dh_i = (p_i - onehot(label_i)) W        dL/dW = sum_i (p_i - onehot(label_i))^T h_i
 
 and only scaled by the upstream gradient in the backward pass; for per-token losses the backward
-pass computes the probabilities again.
+pass computes the probabilities again. Saved for backward: the unscaled gradients (hidden's in its
+dtype, the weight's in float32), or for per-token losses the inputs.
+
+On a GPU, losses that need no gradient are reduced from tiles of logits that never leave the
+registers (``_triton/lm_head_tiles.py``), and so store no logits at all.
 """
 
 from typing import Any
@@ -16,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2fast.kernels.registry import register_op
+from gpt2fast.kernels.registry import register_kernel, register_op
 
 # Logits of one chunk, in elements. The chunk should stay in the last-level cache while softmax and
 # two matrix products pass over it, yet amortise one pass over the weight gradient.
@@ -24,7 +28,8 @@ _CHUNK_ELEMENTS = 8 * 2**20
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-def _chunks(rows: int, vocab_size: int) -> list[slice]:
+def row_chunks(rows: int, vocab_size: int) -> list[slice]:
+    """The rows in chunks whose logits PyTorch's operators hold at a time."""
     step = max(16, _CHUNK_ELEMENTS // vocab_size)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -37,80 +42,6 @@ def _probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logsumexp = top.float() - probabilities.gather(-1, where).log_()
     losses = logsumexp - logits.gather(-1, labels[:, None]).float()
     return probabilities, losses[:, 0]
-
-
-class _LMHeadLoss(torch.autograd.Function):
-    """Outputs (loss, dL/dh, dL/dW); the last two are intermediate results, not differentiable."""
-
-    @staticmethod
-    def forward(
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        ignore_index: int,
-        reduction: str,
-        compute_dtype: torch.dtype,
-        needs_hidden: bool,
-        needs_weight: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
-        kept = labels != ignore_index
-        labels = labels.where(kept, 0)
-        factor = kept.float()
-        losses = hidden.new_empty(len(labels), dtype=torch.float32)
-        gradients = _Gradients(
-            hidden,
-            weight,
-            needs_hidden and reduction != "none",
-            needs_weight and reduction != "none",
-        )
-        for rows in _chunks(len(labels), weight.shape[0]):
-            probabilities, losses[rows] = _probabilities(hidden[rows] @ weight.t(), labels[rows])
-            gradients.add(rows, probabilities, labels[rows], factor[rows])
-        losses = losses.where(kept, 0)
-        if reduction == "none":
-            return losses, None, None
-        loss = losses.sum()
-        return loss / kept.sum() if reduction == "mean" else loss, *gradients.result()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        hidden, weight, labels, ctx.ignore_index, ctx.reduction, ctx.compute_dtype, _, _ = inputs
-        ctx.dtypes = hidden.dtype, weight.dtype
-        if ctx.reduction == "none":
-            ctx.save_for_backward(hidden, weight, labels)
-        else:
-            ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
-            # Where nothing is kept the mean is NaN, but the gradients stay zero.
-            kept = (labels != ctx.ignore_index).sum().clamp_min(1)
-            ctx.save_for_backward(*output[1:], 1.0 / kept if ctx.reduction == "mean" else None)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # torch's own once_differentiable would let this pass: upstream needs no gradient.
-            raise RuntimeError(
-                "lm_head_loss is differentiable once; for create_graph=True compute the logits"
-            )
-        if ctx.reduction == "none":
-            hidden, weight, labels = ctx.saved_tensors
-            hidden, weight = hidden.to(ctx.compute_dtype), weight.to(ctx.compute_dtype)
-            kept = labels != ctx.ignore_index
-            labels, factor = labels.where(kept, 0), upstream.where(kept, 0)
-            gradients = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])
-            for rows in _chunks(len(labels), weight.shape[0]):
-                logits = hidden[rows] @ weight.t()
-                probabilities = torch.softmax(logits, -1, dtype=torch.float32)
-                gradients.add(rows, probabilities, labels[rows], factor[rows])
-            grads, scale = gradients.result(), None
-        else:
-            *grads, mean = ctx.saved_tensors
-            scale = upstream if mean is None else upstream * mean
-        typed = (
-            None if grad is None else (grad if scale is None else grad * scale).to(dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-        )
-        return *typed, None, None, None, None, None, None
 
 
 class _Gradients:
@@ -143,8 +74,206 @@ class _Gradients:
         return self._hidden, self._weight
 
 
-def _lm_head_loss_torch(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str
+def _losses_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses ``[N]`` and the gradients of their sum, those that are needed."""
+    kept = labels != ignore_index
+    labels = labels.where(kept, 0)
+    factor = kept.float()
+    losses = hidden.new_empty(len(labels), dtype=torch.float32)
+    gradients = _Gradients(hidden, weight, needs_hidden, needs_weight)
+    for rows in row_chunks(len(labels), weight.shape[0]):
+        probabilities, losses[rows] = _probabilities(hidden[rows] @ weight.t(), labels[rows])
+        gradients.add(rows, probabilities, labels[rows], factor[rows])
+    return losses.where(kept, 0), *gradients.result()
+
+
+def _gradients_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+    ignore_index: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of per-token losses under ``upstream`` ``[N]``, 0 where ignored."""
+    labels = labels.where(labels != ignore_index, 0)
+    gradients = _Gradients(hidden, weight, needs_hidden, needs_weight)
+    for rows in row_chunks(len(labels), weight.shape[0]):
+        logits = hidden[rows] @ weight.t()
+        probabilities = torch.softmax(logits, -1, dtype=torch.float32)
+        gradients.add(rows, probabilities, labels[rows], upstream[rows])
+    return gradients.result()
+
+
+def _fwd_fake(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+_loss_fwd = register_kernel(
+    "lm_head_loss_fwd(Tensor hidden, Tensor weight, Tensor labels, int ignore_index) -> Tensor",
+    "lm_head:lm_head_loss_fwd",
+    _fwd_fake,
+)
+
+
+def _fwd_bwd_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    upstream: Tensor | None,
+    ignore_index: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0, dtype=torch.float32),
+    )
+
+
+# Losses and gradients at once: a mean or a sum forms them in its forward pass, and per-token losses
+# in the backward pass, weighted by the upstream gradient.
+_loss_fwd_bwd = register_kernel(
+    "lm_head_loss_fwd_bwd(Tensor hidden, Tensor weight, Tensor labels, Tensor? upstream,"
+    " int ignore_index, bool needs_hidden, bool needs_weight) -> (Tensor, Tensor, Tensor)",
+    "lm_head:lm_head_loss_fwd_bwd",
+    _fwd_bwd_fake,
+)
+
+
+def rows_of_unit_stride(tensor: Tensor) -> Tensor:
+    """The matrix as the kernels read it: any stride between rows, none within."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _losses_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    hidden, weight = rows_of_unit_stride(hidden), rows_of_unit_stride(weight)
+    labels = labels.contiguous()
+    if not (needs_hidden or needs_weight):
+        return _loss_fwd(hidden, weight, labels, ignore_index), None, None
+    losses, grad_hidden, grad_weight = _loss_fwd_bwd(
+        hidden, weight, labels, None, ignore_index, needs_hidden, needs_weight
+    )
+    return losses, grad_hidden if needs_hidden else None, grad_weight if needs_weight else None
+
+
+def _gradients_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+    ignore_index: int,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    hidden, weight = rows_of_unit_stride(hidden), rows_of_unit_stride(weight)
+    _, grad_hidden, grad_weight = _loss_fwd_bwd(
+        hidden, weight, labels.contiguous(), upstream, ignore_index, needs_hidden, needs_weight
+    )
+    return grad_hidden if needs_hidden else None, grad_weight if needs_weight else None
+
+
+class _LMHeadLoss(torch.autograd.Function):
+    """Outputs (loss, dL/dh, dL/dW); the last two are intermediate results, not differentiable."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        reduction: str,
+        compute_dtype: torch.dtype,
+        needs_hidden: bool,
+        needs_weight: bool,
+        triton: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        per_token = reduction == "none"
+        losses, *grads = (_losses_triton if triton else _losses_torch)(
+            hidden.to(compute_dtype),
+            weight.to(compute_dtype),
+            labels,
+            ignore_index,
+            needs_hidden and not per_token,
+            needs_weight and not per_token,
+        )
+        if per_token:
+            return losses, None, None
+        loss = losses.sum()
+        if reduction == "mean":
+            loss = loss / (labels != ignore_index).sum()
+        return loss, *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        (
+            hidden,
+            weight,
+            labels,
+            ctx.ignore_index,
+            ctx.reduction,
+            ctx.compute_dtype,
+            _,
+            _,
+            ctx.triton,
+        ) = inputs
+        ctx.dtypes = hidden.dtype, weight.dtype
+        if ctx.reduction == "none":
+            ctx.save_for_backward(hidden, weight, labels)
+        else:
+            ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
+            # Where nothing is kept the mean is NaN, but the gradients stay zero.
+            kept = (labels != ctx.ignore_index).sum().clamp_min(1)
+            ctx.save_for_backward(*output[1:], 1.0 / kept if ctx.reduction == "mean" else None)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # torch's own once_differentiable would let this pass: upstream needs no gradient.
+            raise RuntimeError(
+                "lm_head_loss is differentiable once; for create_graph=True compute the logits"
+            )
+        if ctx.reduction == "none":
+            hidden, weight, labels = ctx.saved_tensors
+            grads, scale = (
+                (_gradients_triton if ctx.triton else _gradients_torch)(
+                    hidden.to(ctx.compute_dtype),
+                    weight.to(ctx.compute_dtype),
+                    labels,
+                    upstream.where(labels != ctx.ignore_index, 0),
+                    ctx.ignore_index,
+                    *ctx.needs_input_grad[:2],
+                ),
+                None,
+            )
+        else:
+            *grads, mean = ctx.saved_tensors
+            scale = upstream if mean is None else upstream * mean
+        typed = (
+            None if grad is None else (grad if scale is None else grad * scale).to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
+        return *typed, None, None, None, None, None, None, None
+
+
+def _apply(
+    triton: bool, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
     device, grad = hidden.device.type, torch.is_grad_enabled()
     wanted = grad and hidden.requires_grad, grad and weight.requires_grad
@@ -153,14 +282,26 @@ def _lm_head_loss_torch(
         # Cast once here: left to autocast, the whole weight would be cast for every chunk.
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return _LMHeadLoss.apply(hidden, weight, *options, dtype, *wanted)[0]
-    return _LMHeadLoss.apply(hidden, weight, *options, hidden.dtype, *wanted)[0]
+            return _LMHeadLoss.apply(hidden, weight, *options, dtype, *wanted, triton)[0]
+    return _LMHeadLoss.apply(hidden, weight, *options, hidden.dtype, *wanted, triton)[0]
+
+
+def _lm_head_loss_torch(*args: Any) -> Tensor:
+    return _apply(False, *args)
+
+
+def _lm_head_loss_triton(hidden: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    """The op on our kernels; matrices of strided rows are copied."""
+    if not weight.shape[0]:
+        return NotImplemented
+    return _apply(True, hidden, weight, *args)
 
 
 _lm_head_loss = register_op(
     "lm_head_loss(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, str reduction)"
     " -> Tensor",
     _lm_head_loss_torch,
+    _lm_head_loss_triton,
 )
 
 

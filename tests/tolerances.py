@@ -37,6 +37,8 @@ FLOAT32 = {
     ("attention", "backward"): 1e-5,
     ("lm_head_loss", "forward"): 1e-6,
     ("lm_head_loss", "backward"): 5e-6,
+    # One inner product, accumulated in float32 and not rounded, in 16 bits too.
+    ("lm_head_topk", "forward"): 2e-6,
     # A whole model against the reference, both in float32: either may be off, so no tighter than
     # what the project promises.
     ("model", "forward"): 1e-5,

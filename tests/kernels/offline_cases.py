@@ -73,3 +73,49 @@ CASES["lm_head argmax, 1 row"] = lambda: _lm_head("argmax_fwd", 1)
 CASES["lm_head argmax, 64 rows"] = lambda: _lm_head("argmax_fwd", 64)
 CASES["lm_head argmax, 1024 rows"] = lambda: _lm_head("argmax_fwd", 1024)
 CASES["lm_head top 50"] = lambda: _lm_head("topk_fwd", 16, 50)
+
+
+def _matmul(
+    rows: int,
+    inner: int,
+    columns: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    residual: torch.dtype | None = None,
+    row_gap: int = 0,
+    activate: bool = False,
+    save_pre: bool = False,
+) -> None:
+    from gpt2fast.kernels._triton.matmul import matmul
+
+    matmul(
+        empty(rows, inner + row_gap, dtype=dtype)[:, :inner],
+        empty(inner, columns, dtype=dtype),
+        empty(columns, dtype=dtype),
+        None if residual is None else empty(rows, columns, dtype=residual),
+        activate=activate,
+        save_pre=save_pre,
+    )
+
+
+def _gelu_grad(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    from gpt2fast.kernels._triton.matmul import matmul_gelu_grad
+
+    weight, pre = empty(4 * width, width, dtype=dtype), empty(rows, 4 * width, dtype=dtype)
+    dout = empty(rows, width, dtype=dtype)
+    matmul_gelu_grad(dout, weight.t(), pre, save_gelu=True, sum_rows=True)
+
+
+CASES |= {
+    "linear 1 row": lambda: _matmul(1, 768, 2304, dtype=torch.float16),
+    "proj 1 row": lambda: _matmul(1, 3072, 768, residual=torch.bfloat16),
+    "fc 64 rows": lambda: _matmul(64, 768, 3072, activate=True, save_pre=True),
+    "proj 1024 rows": lambda: _matmul(1024, 3072, 768, residual=torch.bfloat16),
+    "fc 512 rows": lambda: _matmul(512, 768, 3072, activate=True),
+    "fc 512 rows unaligned": lambda: _matmul(512, 768, 3072, row_gap=1, activate=True),
+    "fc 16384 rows": lambda: _matmul(16384, 768, 3072, activate=True, save_pre=True),
+    "proj 2000 rows autocast": lambda: _matmul(2000, 6400, 1600, residual=torch.float32),
+    "gelu_grad 512 rows": lambda: _gelu_grad(512, 768),
+    "gelu_grad 16384 rows": lambda: _gelu_grad(16384, 768),
+    "gelu_grad float32": lambda: _gelu_grad(512, 768, torch.float32),
+}

@@ -7,7 +7,8 @@ from torch import Tensor
 import gpt2fast.kernels.lm_head as lm_head
 from gpt2fast import kernels
 from tests.kernels import oracles
-from tests.kernels.oracles import DTYPES, compare
+from tests.kernels.devices import backends, backends_and_dtypes
+from tests.kernels.oracles import compare
 from tests.tolerances import assert_close
 
 REDUCTIONS = ["mean", "sum", "none"]
@@ -32,18 +33,20 @@ def _compare(
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@backends_and_dtypes
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 5), (7, 63, 131), (37, 16, 50)], ids=str)
-def test_loss(shape: tuple[int, int, int], reduction: str, dtype: torch.dtype) -> None:
+def test_loss(
+    shape: tuple[int, int, int], reduction: str, backend: str, dtype: torch.dtype
+) -> None:
     tensors, labels = _inputs(*shape, dtype)
     _compare(tensors, labels, reduction)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@backends_and_dtypes
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3])
-def test_ignored_rows(ignore_index: int, reduction: str, dtype: torch.dtype) -> None:
+def test_ignored_rows(ignore_index: int, reduction: str, backend: str, dtype: torch.dtype) -> None:
     tensors, labels = _inputs(19, 16, 50, dtype)
     labels[labels == 3] = 4
     labels[[0, 3, 4, 18]] = ignore_index
@@ -60,20 +63,22 @@ def test_chunk_boundaries(rows: int, reduction: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(lm_head, "_CHUNK_ELEMENTS", 1)  # the smallest chunk: 16 rows
     tensors, labels = _inputs(rows, 8, 40)
     labels[rows // 2] = -100 if rows > 1 else 0
-    assert len(lm_head._chunks(rows, 40)) == -(-rows // 16)
+    assert len(lm_head.row_chunks(rows, 40)) == -(-rows // 16)
     _compare(tensors, labels, reduction)
 
 
-def test_the_default_reduction_is_the_mean_with_ignore_index_minus_100() -> None:
+@backends
+def test_the_default_reduction_is_the_mean_with_ignore_index_minus_100(backend: str) -> None:
     (hidden, weight), labels = _inputs(5, 8, 11)
     labels[2] = -100
     explicit = kernels.lm_head_loss(hidden, weight, labels, ignore_index=-100, reduction="mean")
     assert torch.equal(kernels.lm_head_loss(hidden, weight, labels), explicit)
 
 
+@backends
 @pytest.mark.parametrize(("reduction", "value"), [("mean", float("nan")), ("sum", 0.0)])
 @pytest.mark.parametrize("rows", [3, 0])
-def test_nothing_kept(rows: int, reduction: str, value: float) -> None:
+def test_nothing_kept(rows: int, reduction: str, value: float, backend: str) -> None:
     """As PyTorch's cross_entropy: the mean of nothing is NaN, its gradients are zero."""
     (hidden, weight), labels = _inputs(rows, 8, 11)
     hidden.requires_grad_()
@@ -85,9 +90,10 @@ def test_nothing_kept(rows: int, reduction: str, value: float) -> None:
     assert torch.equal(weight.grad, torch.zeros_like(weight))  # type: ignore[arg-type]
 
 
+@backends
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_only_the_wanted_gradients(reduction: str, frozen: str) -> None:
+def test_only_the_wanted_gradients(reduction: str, frozen: str, backend: str) -> None:
     (hidden, weight), labels = _inputs(6, 8, 11)
     hidden.requires_grad_(frozen == "weight")
     weight.requires_grad_(frozen == "hidden")
@@ -103,7 +109,8 @@ def test_only_the_wanted_gradients(reduction: str, frozen: str) -> None:
             assert_close("lm_head_loss", "backward", ours.grad, wanted.grad)  # type: ignore[arg-type]
 
 
-def test_tied_weight() -> None:
+@backends
+def test_tied_weight(backend: str) -> None:
     """The same tensor as hidden states' source and as head: both gradients add up."""
     weight = torch.randn(11, 8, requires_grad=True)
     labels = torch.randint(11, (5,))
@@ -113,8 +120,9 @@ def test_tied_weight() -> None:
     assert_close("lm_head_loss", "backward", weight.grad, reference.grad)  # type: ignore[arg-type]
 
 
+@backends
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_extreme_logits(reduction: str) -> None:
+def test_extreme_logits(reduction: str, backend: str) -> None:
     """Logits of +-1e4, where a naive exp overflows: rows that are wrong by far, and sure."""
     hidden = torch.tensor([[100.0], [-100.0], [100.0]])
     weight = torch.tensor([[100.0], [0.0], [-100.0]])
@@ -163,7 +171,8 @@ def test_autocast(reduction: str) -> None:
         assert error(ours.grad, truth.grad) <= 2 * error(same.grad, truth.grad) + eps  # type: ignore[arg-type]
 
 
-def test_backward_twice_and_scaled() -> None:
+@backends
+def test_backward_twice_and_scaled(backend: str) -> None:
     """The gradients formed in the forward pass are scaled, never written to."""
     (hidden, weight), labels = _inputs(6, 8, 11)
     hidden.requires_grad_()
@@ -192,8 +201,9 @@ def test_gradcheck(reduction: str) -> None:
     )
 
 
+@backends
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_second_derivative_is_refused(reduction: str) -> None:
+def test_a_second_derivative_is_refused(reduction: str, backend: str) -> None:
     """Silently missing terms would be worse: autograd itself would not notice."""
     (hidden, weight), labels = _inputs(5, 3, 4)
     hidden.requires_grad_()
@@ -204,7 +214,8 @@ def test_a_second_derivative_is_refused(reduction: str) -> None:
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
-def test_inputs_are_not_changed_and_may_be_strided() -> None:
+@backends
+def test_inputs_are_not_changed_and_may_be_strided(backend: str) -> None:
     hidden, weight = torch.randn(8, 6).t(), torch.randn(11, 16)[:, ::2]
     labels = torch.randint(11, (12,))[::2]
     before = hidden.clone(), weight.clone(), labels.clone()
@@ -213,7 +224,8 @@ def test_inputs_are_not_changed_and_may_be_strided() -> None:
         assert torch.equal(now, then)
 
 
-def test_int32_labels() -> None:
+@backends
+def test_int32_labels(backend: str) -> None:
     (hidden, weight), labels = _inputs(5, 8, 11)
     assert torch.equal(
         kernels.lm_head_loss(hidden, weight, labels.int()),
