@@ -1,0 +1,235 @@
+"""The GPU suite in a dry run: all of its parts, and what it does with what goes wrong."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FAULTY = ("--table", "tests.bench.planted_ops:faulty")
+SLOW = ("--table", "tests.bench.planted_ops:slow")
+
+
+def start(out: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "bench/gpu_suite.py", "--dry-run", "--out", str(out), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit status, record and output."""
+    process = start(out, *arguments)
+    output, errors = process.communicate(timeout=300)
+    record = json.loads(out.read_text()) if out.exists() else {}
+    return process.returncode, record, output + errors
+
+
+def test_walks_through_every_part(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    parts = ("parity", "sanitize:layer_norm", "limits", "ops")
+    status, record, output = run(out, "--only", *parts)
+    assert status == 0, output
+    assert record["status"] == "complete"
+    assert record["dry_run"]
+    assert record["failures"] == []
+    assert {"commit", "dirty", "date", "versions", "gpu"} <= set(record["environment"])
+    tests = record["parts"]["parity"]["tests"]
+    assert record["parts"]["parity"]["status"] == "passed"
+    assert any(test["outcome"] == "passed" for test in tests.values())
+    sanitize = record["parts"]["sanitize"]
+    assert any("layer_norm" in name for name in sanitize["exercised"])
+    assert sanitize["tools"]["memcheck"]["status"] == "skipped"
+    assert "--error-exitcode" in sanitize["tools"]["racecheck"]["command"]
+    assert "bfloat16" in record["parts"]["limits"]["limits"]["matmul_flop_per_s"]
+    cases = record["parts"]["ops"]["cases"]
+    assert {case["op"] for case in cases} >= {
+        "add_layer_norm",
+        "attention_append",
+        "causal_attention",
+        "embedding",
+        "embedding_layer_norm",
+        "gelu_mlp",
+        "layer_norm",
+        "linear",
+        "lm_head_argmax",
+        "lm_head_loss",
+    }
+    for case in cases:
+        assert case["status"] == "measured", case
+        for direction, times in case["times"].items():
+            assert times["ours"]["device"]["p20"] <= times["ours"]["device"]["p80"]
+            assert times["ours"]["issue"]["p50"] <= times["ours"]["host"]["p80"]
+            assert times["ours"]["share_of_limit"] > 0
+            assert case["work"][direction]["bytes"] > 0
+    # This text is all that is sure to be seen of a run elsewhere.
+    assert "DRY RUN" in output
+    assert len(output) < 12_000
+    assert "| layer_norm 5x32 float32 | full |" in output
+
+
+def test_wrong_answers_are_not_timed_and_crashes_harm_nothing_else(tmp_path: Path) -> None:
+    status, record, output = run(tmp_path / "record.json", "--only", "ops", *FAULTY)
+    assert status == 1
+    cases = {case["case"].split()[0]: case for case in record["parts"]["ops"]["cases"]}
+    assert {name: case["status"] for name, case in cases.items()} == {
+        "right": "measured",
+        "wrong": "failed",
+        "wrong_gradient": "failed",
+        "dies": "failed",
+        "peer_dies": "measured",
+    }
+    assert set(cases["right"]["times"]) == {"forward", "backward", "full"}
+    for times in cases["right"]["times"].values():
+        assert set(times) == {"ours", "ours again", "eager"}, "a wrong peer was timed"
+    assert "error" in cases["right"]["providers"]["wrong"]["wrong"]
+    assert cases["wrong"]["times"] == {}
+    assert cases["wrong_gradient"]["times"] == {}
+    assert "linear backward" in cases["wrong_gradient"]["providers"]["ours"]["wrong"]
+    assert "11" in cases["dies"]["reason"]
+    assert cases["peer_dies"]["providers"]["deadly"] == {"not measured": "exit status 11"}
+    assert len(record["failures"]) == 3
+    assert output.count("FAILED ops: ") == 3
+
+
+def test_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    process = start(out, "--only", "ops", *SLOW)
+    deadline = time.time() + 100
+    while time.time() < deadline:
+        if out.exists() and json.loads(out.read_text())["parts"].get("ops", {}).get("cases"):
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    record = json.loads(out.read_text())
+    assert record["status"] == "interrupted"
+    assert [case["op"] for case in record["parts"]["ops"]["cases"]] == ["right"]
+
+
+def test_budget(tmp_path: Path) -> None:
+    start = time.time()
+    status, record, output = run(tmp_path / "record.json", "--budget-seconds", "0.3", *SLOW)
+    assert status == 3, output  # parity was to be shown, and was not
+    assert {part["status"] for part in record["parts"].values()} == {"incomplete"}
+    assert record["seconds"] < 0.3 + 15 + 10
+    assert time.time() - start < 60
+
+
+def test_dry_run_stays_out_of_the_results() -> None:
+    out = ROOT / "bench" / "results" / "dry.json"
+    status, record, output = run(out)
+    assert status == 2
+    assert record == {}
+    assert "does not write into bench/results" in output
+
+
+def test_failing_test_fails_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import parts, processes
+
+    tests = tmp_path / "test_planted.py"
+    tests.write_text(
+        "import pathlib\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "def test_victim():\n"
+        "    marker = pathlib.Path(__file__).with_suffix('.seen')\n"
+        "    seen = marker.exists(); marker.touch()\n"
+        "    assert seen, 'CUDA error: out of memory'\n"
+    )
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(parts, "_DRY_TESTS", [tests.name])
+    monkeypatch.setattr(parts, "_gpu_tests", list)
+    record: dict[str, Any] = {"parts": {}, "failures": []}
+    options = argparse.Namespace(
+        only={"parity": ""}, dry_run=True, budget_seconds=200.0, table="bench.ops:op_cases"
+    )
+    suite = parts.Suite(record, lambda: None, tmp_path / "log", options, time.time() + 200)
+    suite.run()
+    parity = record["parts"]["parity"]
+    assert parity["status"] == "failed"
+    assert parity["counts"] == {"passed": 2, "failed": 1}
+    assert [failure.rpartition("::")[2] for failure in record["failures"]] == ["test_wrong"]
+    victim = next(test for name, test in parity["tests"].items() if "victim" in name)
+    assert "out of memory" in victim["first"], "a test that failed for another was not run again"
+
+
+MEMCHECK = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 4 bytes
+=========     at {kernel}+0x120 in planted.py:17
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Access to 0x7f0000001000 is out of bounds
+=========
+========= ERROR SUMMARY: 1 error
+"""
+RACECHECK = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at {kernel}+0x90 in planted.py:9
+=========     and Read access at {kernel}+0xb0 in planted.py:10 [256 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+CLEAN_RACECHECK = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+
+
+@pytest.mark.parametrize(
+    ("tool", "report", "expected"),
+    [
+        ("memcheck", MEMCHECK.format(kernel="_layer_norm_fwd_kernel"), "failed"),
+        ("memcheck", MEMCHECK.format(kernel="_planted_write_kernel"), "passed"),
+        ("memcheck", "========= ERROR SUMMARY: 0 errors\n", "not available"),  # saw no fault
+        ("memcheck", "========= Error: Device not supported\n", "not available"),
+        ("racecheck", RACECHECK.format(kernel="_layer_norm_fwd_kernel"), "failed"),
+        ("racecheck", RACECHECK.format(kernel="some_gemm_of_a_library"), "passed"),
+        ("racecheck", CLEAN_RACECHECK, "passed"),
+        ("racecheck", "", "not available"),
+    ],
+)
+def test_reports_of_the_checkers(tmp_path: Path, tool: str, report: str, expected: str) -> None:
+    from bench.parts import Suite
+
+    record: dict[str, Any] = {"parts": {}, "failures": []}
+    suite = Suite(record, lambda: None, tmp_path / "log", argparse.Namespace(dry_run=False), 0.0)
+    result = suite._judged(tool, tool == "memcheck", ["a case"], "", report)
+    assert result["status"] == expected
+    assert bool(record["failures"]) == (expected == "failed")
+
+
+def test_summary_has_a_length() -> None:
+    from bench.report import summary
+
+    quantiles = {"p20": 1e-6, "p50": 1e-6, "p80": 1e-6, "samples": 3}
+    ours = {"device": quantiles, "host": quantiles, "device_source": "graph"}
+    ours |= {"flop_per_s": 1.0, "bytes_per_s": 1.0}
+    case = {
+        "case": "op 8x8 float32",
+        "work": {"full": {"bytes": 1, "flops": 1}},
+        "providers": {"ours": {"error": {"forward": 1e-7}}},
+        "times": {"full": {"ours": ours, "eager": {"host_ratio": quantiles}}},
+    }
+    record = {
+        "dry_run": False,
+        "status": "complete",
+        "seconds": 500.0,
+        "parts": {"ops": {"status": "measured", "cases": [case] * 500}},
+        "failures": ["ops: " + "x" * 1000] * 30,
+    }
+    text = summary(record)
+    assert len(text) < 11_500
+    assert "more rows in the record" in text
+    assert text.endswith("complete after 500 s")
