@@ -107,15 +107,53 @@ def _gelu_grad(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> No
 
 
 CASES |= {
-    "linear 1 row": lambda: _matmul(1, 768, 2304, dtype=torch.float16),
-    "proj 1 row": lambda: _matmul(1, 3072, 768, residual=torch.bfloat16),
-    "fc 64 rows": lambda: _matmul(64, 768, 3072, activate=True, save_pre=True),
-    "proj 1024 rows": lambda: _matmul(1024, 3072, 768, residual=torch.bfloat16),
-    "fc 512 rows": lambda: _matmul(512, 768, 3072, activate=True),
-    "fc 512 rows unaligned": lambda: _matmul(512, 768, 3072, row_gap=1, activate=True),
-    "fc 16384 rows": lambda: _matmul(16384, 768, 3072, activate=True, save_pre=True),
-    "proj 2000 rows autocast": lambda: _matmul(2000, 6400, 1600, residual=torch.float32),
-    "gelu_grad 512 rows": lambda: _gelu_grad(512, 768),
-    "gelu_grad 16384 rows": lambda: _gelu_grad(16384, 768),
-    "gelu_grad float32": lambda: _gelu_grad(512, 768, torch.float32),
+    "matmul linear 1 row": lambda: _matmul(1, 768, 2304, dtype=torch.float16),
+    "matmul proj 1 row": lambda: _matmul(1, 3072, 768, residual=torch.bfloat16),
+    "matmul fc 64 rows": lambda: _matmul(64, 768, 3072, activate=True, save_pre=True),
+    "matmul proj 1024 rows": lambda: _matmul(1024, 3072, 768, residual=torch.bfloat16),
+    "matmul fc 512 rows": lambda: _matmul(512, 768, 3072, activate=True),
+    "matmul fc 512 rows unaligned": lambda: _matmul(512, 768, 3072, row_gap=1, activate=True),
+    "matmul fc 16384 rows": lambda: _matmul(16384, 768, 3072, activate=True, save_pre=True),
+    "matmul proj 2000 rows autocast": lambda: _matmul(2000, 6400, 1600, residual=torch.float32),
+    "matmul gelu_grad 512 rows": lambda: _gelu_grad(512, 768),
+    "matmul gelu_grad 16384 rows": lambda: _gelu_grad(16384, 768),
+    "matmul gelu_grad float32": lambda: _gelu_grad(512, 768, torch.float32),
 }
+
+
+def _layer_norm(
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    residual: torch.dtype | None = None,
+    rows: int = 16384,
+) -> None:
+    """add_layer_norm forward and backward; beside a residual of another dtype under autocast."""
+    from gpt2fast.kernels._triton.layer_norm import layer_norm_bwd, layer_norm_fwd
+
+    wide = residual or dtype
+    x, y = empty(rows, width, dtype=dtype), empty(rows, width, dtype=wide)
+    weight, statistics = empty(width, dtype=wide), empty(2, rows, dtype=torch.float32)
+    layer_norm_fwd(x, y, weight, weight, 1e-5, wide, True)
+    layer_norm_bwd(y, y, y, weight, statistics, True, dtype if residual else None, True)
+
+
+CASES["layer_norm 768"] = lambda: _layer_norm(768)
+CASES["layer_norm 768, autocast"] = lambda: _layer_norm(768, residual=torch.float32)
+CASES["layer_norm 1600, float16"] = lambda: _layer_norm(1600, torch.float16)
+CASES["layer_norm 64"] = lambda: _layer_norm(64)
+CASES["layer_norm 4096, autocast"] = lambda: _layer_norm(4096, residual=torch.float32)
+CASES["layer_norm 8192, autocast"] = lambda: _layer_norm(8192, residual=torch.float32)
+
+
+def _embedding(width: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """A first look-up with token types and its LayerNorm, and the gradient of wte."""
+    from gpt2fast.kernels._triton.embedding import embedding_bwd, embedding_fwd
+
+    ids, weight = empty(16, 1024, dtype=torch.int64), empty(width, dtype=dtype)
+    wte, wpe = empty(50257, width, dtype=dtype), empty(1024, width, dtype=dtype)
+    embedding_fwd(ids, ids[:1], ids, wte, wpe, weight, weight, 1e-5, dtype, True)
+    embedding_bwd(empty(16, 1024, width, dtype=dtype), ids, 50257, dtype)
+
+
+CASES["embedding 768"] = lambda: _embedding(768)
+CASES["embedding 1600, float32"] = lambda: _embedding(1600, torch.float32)
