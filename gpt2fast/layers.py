@@ -31,6 +31,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def drops(dropout: nn.Module) -> bool:
+    """Whether calling ``dropout`` may do anything. Its own mode counts: some train it alone."""
+    return not is_plain(dropout, nn.Dropout) or bool(dropout.training and dropout.p > 0)
+
+
 class Conv1D(nn.Module):
     """A linear layer with its weight stored ``[in, out]``, as GPT-2's checkpoints hold it."""
 
@@ -66,6 +71,7 @@ class LayerPass:
         past_kv: ``[2, B, H, P, D]`` for the differentiable path.
         buffer, start: cache to append to in place, and where; ``past_kv`` is then None.
         head_mask: multiplied with the attention weights.
+        normed: the output of ``ln_1``, where it came with the embedding.
         keep_weights, keep_kv: whether to leave ``weights`` and ``kv`` behind.
         weights: ``[B, H, T, S]``.
         kv: ``[2, B, H, P + T, D]``.
@@ -78,10 +84,11 @@ class LayerPass:
         buffer: Tensor | None = None,
         start: int = 0,
         head_mask: Tensor | None = None,
+        normed: Tensor | None = None,
         keep_weights: bool = False,
         keep_kv: bool = False,
     ) -> None:
-        self.mask, self.past_kv, self.head_mask = mask, past_kv, head_mask
+        self.mask, self.past_kv, self.head_mask, self.normed = mask, past_kv, head_mask, normed
         self.buffer, self.start = buffer, start
         self.keep_weights, self.keep_kv = keep_weights, keep_kv
         self.weights: Tensor | None = None
@@ -168,19 +175,18 @@ class GPT2MLP(nn.Module):
         ):
             out = self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
             return out if residual is None else residual + out
-        dropout = self.dropout  # whose own mode counts: Monte Carlo dropout trains it alone
-        drops = not is_plain(dropout, nn.Dropout) or (dropout.training and dropout.p > 0)
+        dropped = drops(self.dropout)
         out = kernels.gelu_mlp(
             hidden_states,
             self.c_fc.weight,
             self.c_fc.bias,
             self.c_proj.weight,
             self.c_proj.bias,
-            None if drops else residual,
+            None if dropped else residual,
         )
-        if not drops:
+        if not dropped:
             return out
-        out = dropout(out)
+        out = self.dropout(out)
         return out if residual is None else residual + out
 
 
@@ -196,7 +202,10 @@ class GPT2Block(nn.Module):
 
     def forward(self, hidden_states: Tensor, layer_pass: LayerPass | None = None) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
-        attended, _ = self.attn(self.ln_1(hidden_states), layer_pass)
+        normed = None if layer_pass is None else layer_pass.normed
+        if normed is None:
+            normed = self.ln_1(hidden_states)
+        attended, _ = self.attn(normed, layer_pass)
         ln_2 = self.ln_2
         if is_plain(ln_2, LayerNorm):
             normed, hidden_states = kernels.add_layer_norm(

@@ -15,7 +15,7 @@ from gpt2fast.base import PreTrainedModel
 from gpt2fast.cache import KVCache, is_foreign
 from gpt2fast.config import GPT2Config
 from gpt2fast.inputs import ModelInputs, prepare_inputs
-from gpt2fast.layers import GPT2Block, LayerNorm, LayerPass, is_plain
+from gpt2fast.layers import GPT2Block, LayerNorm, LayerPass, drops, is_plain
 from gpt2fast.outputs import BaseModelOutput, as_returned
 
 
@@ -111,7 +111,7 @@ class GPT2Model(PreTrainedModel):
             position_ids,
             next((p.device for p in self.wpe.parameters() if not p.is_meta), None),
         )
-        hidden = self.drop(self._embed(inputs))
+        hidden, normed = self._embed(inputs, fuse=not recompute)
 
         past = inputs.past
         plain = use_cache and not output_attentions and head_mask is None
@@ -132,6 +132,7 @@ class GPT2Model(PreTrainedModel):
                 buffer=None if grown is None else grown.buffers[i],
                 start=inputs.past_length,
                 head_mask=None if heads is None else heads[i],
+                normed=normed if i == 0 else None,
                 keep_weights=output_attentions,
                 keep_kv=use_cache and not in_place,
             )
@@ -164,15 +165,32 @@ class GPT2Model(PreTrainedModel):
         )
         return as_returned(output, return_dict, config)
 
-    def _embed(self, inputs: ModelInputs) -> Tensor:
-        """``[B, T, C]``, through the modules where somebody has hooked or replaced them."""
+    def _embed(self, inputs: ModelInputs, fuse: bool) -> tuple[Tensor, Tensor | None]:
+        """``[B, T, C]``, and the first block's ``ln_1`` of it where both may be one op.
+
+        Goes through the modules where somebody has hooked or replaced them.
+        """
         ids, positions, types = inputs.input_ids, inputs.position_ids, inputs.token_type_ids
-        plain = is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding)
-        if ids is not None and plain:
-            return kernels.embedding(ids, positions, types, self.wte.weight, self.wpe.weight)
-        tokens = self.wte(ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
-        hidden = tokens + self.wpe(positions)
-        return hidden if types is None else hidden + self.wte(types)
+        if ids is None or not (
+            is_plain(self.wte, nn.Embedding) and is_plain(self.wpe, nn.Embedding)
+        ):
+            tokens = self.wte(ids) if inputs.inputs_embeds is None else inputs.inputs_embeds
+            hidden = tokens + self.wpe(positions)
+            return self.drop(hidden if types is None else hidden + self.wte(types)), None
+        tables = self.wte.weight, self.wpe.weight
+        first = self.h[0]
+        if not (
+            fuse
+            and not drops(self.drop)
+            and is_plain(first, GPT2Block)
+            and is_plain(first.ln_1, LayerNorm)
+        ):
+            return self.drop(kernels.embedding(ids, positions, types, *tables)), None
+        ln_1 = first.ln_1
+        normed, hidden = kernels.embedding_layer_norm(
+            ids, positions, types, *tables, ln_1.weight, ln_1.bias, ln_1.eps
+        )
+        return hidden, normed
 
     def _appends_in_place(self) -> bool:
         """Whether keys and values may be written into a preallocated cache.
