@@ -26,15 +26,15 @@ _ATTEMPTS = 3  # at a case, each without the provider that broke the one before
 # Errors that another test may be to blame for: they are run again, alone.
 _VICTIMS = re.compile(r"out of memory|OutOfMemory|CUDA error|unspecified launch failure")
 # Stands for the tests of all kernels in a dry run.
-_DRY_TESTS = ["tests/kernels/test_embedding.py"]
+_DRY_TESTS = ["tests/kernels/test_embedding.py", "-k", "ids or shapes"]
 
 
-def _gpu_tests() -> list[str]:
-    """The files with tests that need a GPU: others may import what is not installed there."""
+def _tests_with(text: str) -> list[str]:
+    """The test files that mention it: the others may import what is not installed here."""
     return [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        if "mark.gpu" in path.read_text("utf-8")
+        if text in path.read_text("utf-8") and path != ROOT / "tests/bench/test_gpu_suite.py"
     ]
 
 
@@ -90,8 +90,10 @@ class Suite:
     # parity
 
     def _parity(self, part: dict[str, Any], end: float, only: str) -> None:
-        kernels = _DRY_TESTS if self._options.dry_run else ["tests/kernels"]
-        marked = _gpu_tests()[: 1 if self._options.dry_run else None]
+        # Those that run on whatever device there is, then those that want a GPU.
+        kernels, marked = _tests_with("tests.kernels.devices"), _tests_with("mark.gpu")
+        if self._options.dry_run:
+            kernels, marked = _DRY_TESTS, marked[:1]
         tests: dict[str, dict[str, Any]] = {}
         part["tests"] = tests
         matching = ["-k", only] if only else []
@@ -284,7 +286,9 @@ class _OpsState:
         self._planned: list[str] | None = None
         self._current: str | None = None
         self._provider: str | None = None
-        self._without: dict[str, dict[str, str]] = {}
+        self._without: dict[str, dict[str, str]] = {}  # by case: who broke it
+        self._uncaptured: dict[str, dict[str, str]] = {}  # by op: whose capture failed
+        self._again = False
 
     @property
     def finished(self) -> bool:
@@ -295,7 +299,11 @@ class _OpsState:
         return [name for name in self._planned or [] if name not in done]
 
     def job(self) -> dict[str, Any]:
-        return {"done": [case["case"] for case in self._cases], "without": self._without}
+        return {
+            "done": [case["case"] for case in self._cases],
+            "without": self._without,
+            "uncaptured": self._uncaptured,
+        }
 
     def take(self, message: dict[str, Any]) -> None:
         if "cases" in message:
@@ -308,6 +316,10 @@ class _OpsState:
         elif "case" in message:
             self._cases.append(message["case"])
             self._current = None
+        elif "uncaptured" in message:
+            op = message["uncaptured"].pop("op")
+            self._uncaptured.setdefault(op, {}).update(message["uncaptured"])
+            self._again = True
 
     def broken(self, reason: str) -> dict[str, Any] | None:
         """The process broke: the record of a case to give up, empty to try again without a peer.
@@ -318,6 +330,9 @@ class _OpsState:
         if name is None:
             return None
         self._current = None
+        if self._again:
+            self._again = False
+            return {}
         without = self._without.setdefault(name, {})
         if provider not in (None, "ours") and len(without) < _ATTEMPTS:
             without[provider] = reason

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,15 @@ SILENCE = 60.0
 SILENCE_SEARCHING = 180.0  # torch.compile in a mode that times candidates
 
 Say = Callable[[str, float], None]
+
+
+class NotCaptured(Exception):
+    """A capture failed. That may leave PyTorch's generators and allocator in the middle of it, so
+    the process should go no further: try again without capturing that provider."""
+
+    def __init__(self, provider: str, reason: str) -> None:
+        super().__init__(f"{provider}: {reason}")
+        self.provider, self.reason = provider, reason
 
 
 class _Contender:
@@ -72,6 +82,7 @@ def measure_case(
     clock: Clock,
     say: Say,
     without: dict[str, str],
+    uncaptured: dict[str, str],
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """The record of one case.
@@ -82,7 +93,11 @@ def measure_case(
         clock: times the calls.
         say: told what comes next, and how long at most until it is told again.
         without: providers that broke an earlier attempt, with the reason.
+        uncaptured: providers that cannot be captured in a graph, with the reason.
         dry_run: compile nothing.
+
+    Raises:
+        NotCaptured: another provider cannot.
     """
     say("inputs", SILENCE)
     torch._dynamo.reset()
@@ -107,7 +122,7 @@ def measure_case(
         return record  # nothing to compare with
     for direction in case.work:
         say(f"timing {direction}", SILENCE)
-        times = record["times"][direction] = _times(direction, contenders, gate, clock)
+        times = record["times"][direction] = _times(direction, contenders, gate, clock, uncaptured)
         if "wrong" in times[OURS]:
             record["status"] = "failed"
     return record
@@ -130,10 +145,8 @@ def _prepare(
             contender = _Contender(provider, inputs, dry_run)
             contender.report = report
             with contender.context():
-                if name == OURS:
-                    with poisoned_memory():
-                        contender.check(case, gate)
-                contender.check(case, gate)
+                with poisoned_memory() if name == OURS else nullcontext():
+                    contender.check(case, gate)
                 if case.memory:
                     report["peak_bytes"] = {
                         direction: peak_bytes(contender.call(direction, gate))
@@ -150,7 +163,11 @@ def _prepare(
 
 
 def _times(
-    direction: str, contenders: dict[str, _Contender], gate: Gate, clock: Clock
+    direction: str,
+    contenders: dict[str, _Contender],
+    gate: Gate,
+    clock: Clock,
+    uncaptured: dict[str, str],
 ) -> dict[str, Any]:
     """Times of everybody in one direction, with ratios to ours pair by pair."""
     contexts = {name: contender.context for name, contender in contenders.items()}
@@ -162,13 +179,15 @@ def _times(
         with contexts[name]():
             # Compared are times of one kind: where ours cannot be captured, nobody is.
             ours = times[OURS].get("device_source", "graph")
-            why_not = synchronises(call) if ours == "graph" else f"{OURS} is not captured"
+            why_not = uncaptured.get(name) or synchronises(call)
+            if ours != "graph":
+                why_not = f"{OURS} is not captured"
             if why_not is None:
                 try:
                     graph, replayed[name] = captured(call)
-                    device_calls[name] = graph.replay
                 except Exception as error:
-                    why_not = _first_line(error)
+                    raise NotCaptured(name, _first_line(error)) from error
+                device_calls[name] = graph.replay
         times[name]["device_source"] = "events" if why_not else "graph"
         if why_not:
             times[name]["not captured"] = why_not

@@ -47,6 +47,6 @@ def findings(report: str) -> list[str]:
     for block in re.split(r"^=========\s*$", report, flags=re.M):
         lines = [line.lstrip("= ").strip() for line in block.strip().splitlines()]
         text = "\n".join(lines)
-        if re.search(r"^(Invalid |Error: |.* error: |.*hazard.* detected|Misaligned )", text, re.M):
+        if re.search(r"^(Invalid |Misaligned |Error: |.*Race reported )", text, re.M):
             found.append(text[:600])
     return found

@@ -22,7 +22,7 @@ from bench.cases import Case
 from bench.gate import gradients, with_gradients
 from bench.limits import measure_limits
 from bench.measure import Clock
-from bench.runner import SILENCE, measure_case
+from bench.runner import SILENCE, NotCaptured, measure_case
 from bench.work import OURS
 
 _DRY = {"seconds": 0.0, "least": 1, "most": 1}
@@ -75,10 +75,14 @@ class _Worker:
             begin = time.time()
             self.tell(begin=case.name)
             without = job["without"].get(case.name, {})
+            uncaptured = job["uncaptured"].get(case.op, {})
             try:
                 record = measure_case(
-                    case, self._device, clock, self.say, without, dry_run=self._dry_run
+                    case, self._device, clock, self.say, without, uncaptured, self._dry_run
                 )
+            except NotCaptured as error:
+                self.tell(uncaptured={"op": case.op, error.provider: error.reason})
+                raise
             except torch.OutOfMemoryError as error:
                 record = {"case": case.name, "status": "not measured", "reason": str(error)[:300]}
             record["seconds"] = time.time() - begin

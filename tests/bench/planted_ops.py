@@ -2,6 +2,7 @@
 
 import os
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,12 @@ def _die(x: Tensor) -> Tensor:
     os._exit(11)
 
 
+def _double_but_in_a_graph(x: Tensor) -> Tensor:
+    if any(frame.name == "captured" for frame in traceback.extract_stack()):
+        raise RuntimeError("planted")
+    return 2 * x
+
+
 def _case(op: str, ours: Callable[..., Any], **peers: Callable[..., Any]) -> Case:
     return Case(
         op=op,
@@ -55,6 +62,7 @@ def faulty(scale: str) -> list[Case]:
         _case("wrong_gradient", _WrongGradient.apply),
         _case("dies", _die),
         _case("peer_dies", _double, deadly=_die),
+        _case("peer_fails_in_a_graph", _double, peer=_double_but_in_a_graph),
     ]
 
 

@@ -78,7 +78,7 @@ def test_walks_through_every_part(tmp_path: Path) -> None:
     # This text is all that is sure to be seen of a run elsewhere.
     assert "DRY RUN" in output
     assert len(output) < 12_000
-    assert "| layer_norm 5x32 float32 | full |" in output
+    assert "| layer_norm 5x64 float32 | full |" in output
 
 
 def test_wrong_answers_are_not_timed_and_crashes_harm_nothing_else(tmp_path: Path) -> None:
@@ -91,6 +91,7 @@ def test_wrong_answers_are_not_timed_and_crashes_harm_nothing_else(tmp_path: Pat
         "wrong_gradient": "failed",
         "dies": "failed",
         "peer_dies": "measured",
+        "peer_fails_in_a_graph": "measured",
     }
     assert set(cases["right"]["times"]) == {"forward", "backward", "full"}
     for times in cases["right"]["times"].values():
@@ -101,6 +102,11 @@ def test_wrong_answers_are_not_timed_and_crashes_harm_nothing_else(tmp_path: Pat
     assert "linear backward" in cases["wrong_gradient"]["providers"]["ours"]["wrong"]
     assert "11" in cases["dies"]["reason"]
     assert cases["peer_dies"]["providers"]["deadly"] == {"not measured": "exit status 11"}
+    graph = cases["peer_fails_in_a_graph"]["times"]["full"]
+    assert graph["ours"]["device_source"] == graph["eager"]["device_source"] == "graph"
+    assert graph["peer"]["device_source"] == "events"
+    assert "RuntimeError: planted" in graph["peer"]["not captured"]
+    assert "device_ratio" not in graph["peer"], "times of two kinds were compared"
     assert len(record["failures"]) == 3
     assert output.count("FAILED ops: ") == 3
 
@@ -110,6 +116,7 @@ def test_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     process = start(out, "--only", "ops", *SLOW)
     deadline = time.time() + 100
     while time.time() < deadline:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
         if out.exists() and json.loads(out.read_text())["parts"].get("ops", {}).get("cases"):
             break
         time.sleep(0.2)
@@ -155,7 +162,7 @@ def test_failing_test_fails_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(processes, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(parts, "_DRY_TESTS", [tests.name])
-    monkeypatch.setattr(parts, "_gpu_tests", list)
+    monkeypatch.setattr(parts, "_tests_with", lambda text: [])
     record: dict[str, Any] = {"parts": {}, "failures": []}
     options = argparse.Namespace(
         only={"parity": ""}, dry_run=True, budget_seconds=200.0, table="bench.ops:op_cases"
