@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpt2fast.kernels._triton import configs, target
-from gpt2fast.kernels._triton.common import gelu, gelu_and_grad
+from gpt2fast.kernels._triton.matmul_epilogue import column_chunks, finish, finish_gelu_grad
 
 
 @triton.jit
@@ -79,96 +79,6 @@ def accumulate(
     return acc
 
 
-@triton.jit
-def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1)))
-
-
-@triton.jit
-def column_chunks(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The columns of acc as a tuple of [BLOCK_M, 64], from left to right; whole if no wider.
-
-    Every thread has columns of each, so nothing moves. BLOCK_N: at most 256.
-    """
-    chunks = (acc,)
-    if BLOCK_N == 128:
-        chunks = _halves(acc, BLOCK_M, 128)
-    elif BLOCK_N == 256:
-        left, right = _halves(acc, BLOCK_M, 256)
-        chunks = _halves(left, BLOCK_M, 128) + _halves(right, BLOCK_M, 128)
-    return chunks
-
-
-@triton.jit
-def _finish(
-    acc,
-    offs_m,
-    offs_n,
-    M,
-    N,
-    bias_ptr,
-    residual_ptr,
-    stride_residual_row,
-    pre_ptr,
-    out_ptr,
-    HAS_BIAS: tl.constexpr,
-    SAVE_PRE: tl.constexpr,
-    GELU: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """Store gelu(acc + bias) + residual, each where asked for, at rows offs_m and columns offs_n.
-
-    SAVE_PRE: acc + bias, which backward needs, goes to pre_ptr.
-    """
-    mask_n = offs_n < N
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
-    rows = offs_m.to(tl.int64)[:, None]
-    offsets = rows * N + offs_n[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if SAVE_PRE:
-        tl.store(pre_ptr + offsets, acc.to(pre_ptr.dtype.element_ty), mask=mask)
-    if GELU:
-        acc = gelu(acc)
-    if HAS_RESIDUAL:
-        residual_ptrs = residual_ptr + rows * stride_residual_row + offs_n[None, :]
-        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _finish_gelu_grad(
-    acc,
-    tile_m,
-    offs_m,
-    offs_n,
-    M,
-    N,
-    pre_ptr,
-    gelu_ptr,
-    sums_ptr,
-    out_ptr,
-    SAVE_GELU: tl.constexpr,
-    SUM_ROWS: tl.constexpr,
-):
-    """Store acc * gelu'(pre); SAVE_GELU: gelu(pre) as well, which was not kept for backward.
-
-    SUM_ROWS: the tile's sums over its rows go to row tile_m of sums_ptr, the bias' gradient in
-    parts.
-    """
-    mask_n = offs_n < N
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
-    offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    pre = tl.load(pre_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    value, slope = gelu_and_grad(pre)
-    acc *= slope
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    if SAVE_GELU:
-        tl.store(gelu_ptr + offsets, value.to(gelu_ptr.dtype.element_ty), mask=mask)
-    if SUM_ROWS:
-        tl.store(sums_ptr + tile_m.to(tl.int64) * N + offs_n, tl.sum(acc, 0), mask=mask_n)
-
-
 @triton.jit(do_not_specialize=["M"])
 def _matmul_kernel(
     a,
@@ -205,7 +115,7 @@ def _matmul_kernel(
 
     A: [M, K], B: [K, N] (stored [N, K] where B_TRANSPOSED): see `accumulate`. out, pre, gelu:
     contiguous [M, N]; bias: [N]; residual: [M, N] with rows at stride_residual_row; sums: float32
-    [cdiv(M, BLOCK_M), N]. Epilogues: `_finish`; `_finish_gelu_grad` where GELU_GRAD. SPLIT: a tile
+    [cdiv(M, BLOCK_M), N]. Epilogues: `finish`; `finish_gelu_grad` where GELU_GRAD. SPLIT: a tile
     is summed in parts of k_per_split columns of A, stored without epilogue in out, float32
     [splits, M, N]. Rows past M and columns past N are masked.
     """
@@ -249,7 +159,7 @@ def _matmul_kernel(
                 mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
                 tl.store(part_ptrs, chunks[chunk], mask=mask)
             elif GELU_GRAD:
-                _finish_gelu_grad(
+                finish_gelu_grad(
                     chunks[chunk],
                     tile_m,
                     offs_m,
@@ -264,7 +174,7 @@ def _matmul_kernel(
                     SUM_ROWS,
                 )
             else:
-                _finish(
+                finish(
                     chunks[chunk],
                     offs_m,
                     offs_n,
@@ -311,7 +221,7 @@ def _add_splits_kernel(
     for _ in range(splits):
         acc += tl.load(part_ptrs, mask=(offs_n < N)[None, :], other=0.0)
         part_ptrs += M.to(tl.int64) * N
-    _finish(
+    finish(
         acc,
         offs_m,
         offs_n,
@@ -327,6 +237,13 @@ def _add_splits_kernel(
         GELU,
         HAS_RESIDUAL,
     )
+
+
+_FLAGS = (
+    *("SPLIT", "HAS_BIAS", "SAVE_PRE", "GELU", "HAS_RESIDUAL"),
+    *("GELU_GRAD", "SAVE_GELU", "SUM_ROWS"),
+)
+_UNSET = dict.fromkeys(_FLAGS, False)
 
 
 def matmul(
@@ -379,17 +296,11 @@ def matmul(
     splits = triton.cdiv(inner, k_per_split)
     parts = torch.empty(splits, rows, columns, dtype=torch.float32, device=a.device)
     _launch(tile, chip, a, b, (None,) * 5 + (parts,), 0, k_per_split, SPLIT=True)
-    _add_splits_kernel[(rows, triton.cdiv(columns, configs.ADD_SPLITS_BLOCK))](
-        parts,
-        bias,
-        residual,
-        pre,
-        out,
-        rows,
-        columns,
-        stride_residual_row,
-        splits,
-        BLOCK_N=configs.ADD_SPLITS_BLOCK,
+    block = configs.ADD_SPLITS_BLOCK
+    _add_splits_kernel[(rows, triton.cdiv(columns, block))](
+        *(parts, bias, residual, pre, out),
+        *(rows, columns, stride_residual_row, splits),
+        BLOCK_N=block,
         num_warps=4,
         **epilogue,
     )
@@ -412,6 +323,8 @@ def matmul_gelu_grad(
     """
     rows, columns, inner = _check(a, b)
     _check_fits("pre", pre, (rows, columns), a.device)
+    if not pre.is_contiguous():
+        raise ValueError(f"expected contiguous pre; got strides {pre.stride()}")
     chip = target.current_target(a.device)
     tile = _tile(a, b, chip)
     out = torch.empty_like(pre)
@@ -470,15 +383,7 @@ def _launch(
     pointers: tuple[Tensor | None, ...],
     stride_residual_row: int,
     k_per_split: int,
-    *,
-    SPLIT: bool = False,
-    HAS_BIAS: bool = False,
-    SAVE_PRE: bool = False,
-    GELU: bool = False,
-    HAS_RESIDUAL: bool = False,
-    GELU_GRAD: bool = False,
-    SAVE_GELU: bool = False,
-    SUM_ROWS: bool = False,
+    **flags: bool,
 ) -> None:
     """`_matmul_kernel` with the tile; ``pointers``: bias, residual, pre, gelu, sums, out."""
     (rows, inner), columns = a.shape, b.shape[1]
@@ -491,32 +396,18 @@ def _launch(
             TensorDescriptor.from_tensor(stored, block_b[::-1] if transposed else block_b),
         )
     work = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
-    if SPLIT:
-        work *= triton.cdiv(inner, k_per_split)
+    work *= triton.cdiv(inner, k_per_split)
     _matmul_kernel[(min(work, chip.multiprocessors * tile.programs),)](
         *operands,
         *pointers,
-        rows,
-        columns,
-        inner,
-        a.stride(0),
-        stored.stride(0),
-        stride_residual_row,
-        k_per_split,
+        *(rows, columns, inner, a.stride(0), stored.stride(0), stride_residual_row, k_per_split),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=configs.MATMUL_GROUP_M,
         B_TRANSPOSED=transposed,
         USE_TMA=tile.use_tma,
-        SPLIT=SPLIT,
-        HAS_BIAS=HAS_BIAS,
-        SAVE_PRE=SAVE_PRE,
-        GELU=GELU,
-        HAS_RESIDUAL=HAS_RESIDUAL,
-        GELU_GRAD=GELU_GRAD,
-        SAVE_GELU=SAVE_GELU,
-        SUM_ROWS=SUM_ROWS,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **(_UNSET | flags),
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpt2fast import kernels
+from gpt2fast.kernels._triton import configs
 from tests.kernels.devices import DEVICE
 
 
@@ -17,3 +18,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with kernels.backend(request.param), torch.device(DEVICE):
         yield request.param
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our matrix product in every role, also where the table prefers cuBLAS."""
+    monkeypatch.setattr(configs, "matmul_provider", lambda *_: "triton")
