@@ -1,10 +1,13 @@
 """The parity gate: nothing that computes a wrong answer is timed.
 
 A provider's outputs and gradients are held against the case's oracle in float64, on the inputs that
-are timed afterwards, by the rule of ``tests/tolerances.py``.
+are timed afterwards, by the rule of ``tests/tolerances.py``. Its bounds for float32 are those of
+short sums; at a model's sizes twice the error of plain PyTorch in float32 will do, as it does in 16
+bits.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, Inputs
-from tests.tolerances import assert_close, relative_error
+from tests.tolerances import BUDGET, assert_close, relative_error
 
 _FULL_PRECISION = (torch.float32, torch.float64)
 
@@ -91,8 +94,10 @@ class Gate:
             for ours, oracle, same in zip(got, expected, plain, strict=True):
                 # A peer may return a loss in 16 bits where ours is float32: compare as values.
                 ours = ours.to(same.dtype) if case.dtype not in _FULL_PRECISION else ours
-                assert_close(case.tolerance, direction, ours, oracle, same, case.dtype)
-                worst = max(worst, relative_error(ours, oracle))
+                error = relative_error(ours, oracle)
+                worst = max(worst, error)
+                if not math.isfinite(error) or error > BUDGET * relative_error(same, oracle):
+                    assert_close(case.tolerance, direction, ours, oracle, same, case.dtype)
         except (AssertionError, ValueError) as error:
             raise WrongAnswer(str(error)) from None
         return worst

@@ -366,7 +366,7 @@ def _lm_head_choice(
     )
 
 
-def _cases(model: Model, shapes: Shapes, dtype: torch.dtype, select: Select) -> Iterator[Case]:
+def model_cases(model: Model, shapes: Shapes, dtype: torch.dtype, select: Select) -> Iterator[Case]:
     """Every op, those first whose speed matters most."""
     batch, length = shapes.training
     for sizes in shapes.attention:
@@ -409,19 +409,19 @@ def op_cases(scale: str, backend: str = "triton") -> list[Case]:
     select = partial(kernels.backend, backend)
     bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
     if scale == "tiny":
-        return list(_cases(TINY_MODEL, TINY, float32, select))
+        return list(model_cases(TINY_MODEL, TINY, float32, select))
     if scale == "small":
-        both = (_cases(SMALL_MODEL, SMALL, dtype, select) for dtype in (bfloat16, float32))
+        both = (model_cases(SMALL_MODEL, SMALL, dtype, select) for dtype in (bfloat16, float32))
         return list(chain(*both))
     if scale == "cpu":
-        return list(_cases(GPT2, CPU, float32, select))
+        return list(model_cases(GPT2, CPU, float32, select))
     if scale != "full":
         raise ValueError(f"scale must be full, cpu, small or tiny; got {scale!r}")
     return list(
         chain(
-            _cases(GPT2, FULL, bfloat16, select),
-            *(_cases(model, BRIEF, bfloat16, select) for model in MODELS[1:]),
-            *(_cases(GPT2, BRIEF, dtype, select) for dtype in (float16, float32)),
-            _tuned(_cases(GPT2, BRIEF, bfloat16, select)),
+            model_cases(GPT2, FULL, bfloat16, select),
+            *(model_cases(model, BRIEF, bfloat16, select) for model in MODELS[1:]),
+            *(model_cases(GPT2, BRIEF, dtype, select) for dtype in (float16, float32)),
+            _tuned(model_cases(GPT2, BRIEF, bfloat16, select)),
         )
     )

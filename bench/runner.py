@@ -28,7 +28,7 @@ class NotCaptured(Exception):
         self.provider, self.reason = provider, reason
 
 
-class _Contender:
+class Contender:
     """A provider on the case's inputs, with what the gate found."""
 
     def __init__(self, provider: Provider, inputs: Inputs, dry_run: bool) -> None:
@@ -130,9 +130,9 @@ def measure_case(
 
 def _prepare(
     case: Case, inputs: Inputs, gate: Gate, say: Say, without: dict[str, str], dry_run: bool
-) -> tuple[dict[str, _Contender], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
     """Those that passed the gate, and what is to be said of everybody."""
-    contenders: dict[str, _Contender] = {}
+    contenders: dict[str, Contender] = {}
     reports: dict[str, dict[str, Any]] = {}
     for name, provider in case.providers.items():
         report = reports[name] = {}
@@ -142,7 +142,7 @@ def _prepare(
         searching = "autotune" in (provider.compile_mode or "")
         say(f"provider {name}", SILENCE_SEARCHING if searching else SILENCE)
         try:
-            contender = _Contender(provider, inputs, dry_run)
+            contender = Contender(provider, inputs, dry_run)
             contender.report = report
             with contender.context():
                 with poisoned_memory() if name == OURS else nullcontext():
@@ -164,7 +164,7 @@ def _prepare(
 
 def _times(
     direction: str,
-    contenders: dict[str, _Contender],
+    contenders: dict[str, Contender],
     gate: Gate,
     clock: Clock,
     uncaptured: dict[str, str],
