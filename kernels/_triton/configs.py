@@ -46,11 +46,15 @@ _DECODE_MOST_SPLITS = 64  # that the merging kernel holds in one tile
 def decode_splits(heads: int, keys: int, block_s: int, multiprocessors: int) -> int:
     """Among how many programs to divide the ``keys`` of each of all rows' ``heads``.
 
-    As many as the chip holds at a time, each with a tile at least. One, with nothing to merge,
-    where the heads alone are more than half of that.
+    As many as the chip holds at a time, with whole tiles, equally many for each. One, which has
+    nothing to merge, where the heads alone are more than half of that.
     """
-    room = _DECODE_PROGRAMS * multiprocessors // max(heads, 1)
-    return max(1, min(room, -(-keys // block_s), _DECODE_MOST_SPLITS))
+    room = min(_DECODE_PROGRAMS * multiprocessors // heads, _DECODE_MOST_SPLITS)
+    tiles = -(-keys // block_s)
+    if room <= 1 or tiles <= 1:
+        return 1
+    share = -(-tiles // room)
+    return -(-tiles // share)
 
 
 @dataclass(frozen=True)
@@ -66,25 +70,39 @@ class AttentionConfig:
 def attention_fwd_config(
     target: Target, element_size: int, block_d: int, queries: int
 ) -> AttentionConfig:
-    """Predicted."""
+    """Predicted, all of them; the accumulators of scores and output are what registers must hold.
+
+    - float32 multiplies on the plain cores, which keep whole rows of both operands in registers:
+      small tiles, or they spill.
+    - Up to 64 queries: no larger tile than there are queries.
+    - 128 queries halve what is read of keys and values; 64 keys keep the scores in registers. At
+      head size 64 one warpgroup does that in about 200 registers a thread, and two programs
+      share a multiprocessor: one computes exponentials while the other multiplies. Wider heads
+      need two warpgroups, and so does compute capability 8, whose operands pass through registers.
+    """
     if element_size == 4:
-        return AttentionConfig(32, 32, 4, 2)
+        return AttentionConfig(32, 32 if block_d <= 64 else 16, warps=8, stages=2)
     if queries <= 64:
-        return AttentionConfig(64, 64, 4, 3)
-    if block_d > 64:
-        return AttentionConfig(128, 64, 8, 3)
-    return AttentionConfig(128, 64, 4, 3)
+        return AttentionConfig(64, 64, warps=4 if block_d <= 64 else 8, stages=3)
+    narrow = block_d <= 64 and target.has_tma
+    return AttentionConfig(128, 64, warps=4 if narrow else 8, stages=3)
 
 
 def attention_bwd_configs(
     target: Target, element_size: int, block_d: int
 ) -> tuple[AttentionConfig, AttentionConfig]:
-    """Predicted."""
+    """For the tiles of queries (dQ), and for those of keys (dK and dV). Predicted.
+
+    - float32: as forward.
+    - dQ holds one accumulator and two tiles of scores: 128 queries in two warpgroups.
+    - dK and dV are two accumulators: 128 keys at head size 64 in two warpgroups, in about 210
+      registers a thread; 64 where heads are wider.
+    """
     if element_size == 4:
-        return AttentionConfig(32, 32, 4, 2), AttentionConfig(32, 32, 4, 2)
-    if block_d > 64:
-        return AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 64, 8, 2)
-    return AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 128, 8, 2)
+        small = AttentionConfig(32, 32 if block_d <= 64 else 16, warps=8, stages=2)
+        return small, small
+    for_dq = AttentionConfig(128, 64, warps=8, stages=2)
+    return for_dq, AttentionConfig(64, 128 if block_d <= 64 else 64, warps=8, stages=2)
 
 
 @dataclass(frozen=True)
@@ -210,8 +228,8 @@ _LM_HEAD_FEW_ROWS = LMHeadTile(64, 128, 128, warps=4, stages=3, programs=3, tma=
 # 85 operations a byte read from L2, the most that one program's registers allow, on Hopper only.
 _LM_HEAD_LOSS = LMHeadTile(128, 256, 128, warps=8, stages=3, programs=1, tma=True)
 # Half as wide: sort keys take two registers each beside the logits, and on Blackwell the
-# exponentials of a wider tile spill.
-_LM_HEAD_HALF = LMHeadTile(128, 128, 128, warps=8, stages=3, programs=2, tma=True)
+# exponentials of a wider tile spill. Two programs at a time: one multiplies, the other reduces.
+_LM_HEAD_HALF = LMHeadTile(128, 128, 128, warps=4, stages=3, programs=2, tma=True)
 # Chips without descriptors, and widths that they cannot address. Within every chip's 96 KB.
 _LM_HEAD_POINTERS = LMHeadTile(128, 128, 128, warps=8, stages=3, programs=1, tma=False)
 # Sorting a tile exchanges copies of it between threads: 16 keys a thread.
@@ -252,63 +270,57 @@ LM_HEAD_CROSS_ENTROPY = (8192, 16)
 
 @dataclass(frozen=True)
 class RowTile:
-    """A tile ``[chunks, block_m, lanes]`` of whole rows, of ``layer_norm.py`` (forward)."""
+    """Whole rows as ``chunks`` tiles ``[block_m, lanes]``, of ``layer_norm.py``."""
 
     block_m: int
-    chunks: int
     lanes: int
+    chunks: int
     warps: int
+
+
+def _row_tile(width: int, itemsize: int, most_elements: int, least_elements: int) -> RowTile:
+    """Four warps or more, of which a row gets the fewest that hold it in most_elements a thread.
+
+    Narrow rows become more of them, until a thread has about least_elements.
+    """
+    vector, warps_a_row = 16 // itemsize, 1
+    while -(-width // (warps_a_row * 32 * vector)) * vector > most_elements:
+        warps_a_row *= 2
+    lanes = min(warps_a_row * 32 * vector, max(16, 1 << (width - 1).bit_length()))
+    chunks = -(-width // lanes)
+    warps = max(4, warps_a_row)
+    block_m = warps * 32 * vector // lanes * max(1, least_elements // (chunks * vector))
+    return RowTile(block_m, lanes, chunks, warps)
 
 
 @functools.cache
 def row_tile(width: int, itemsize: int) -> RowTile:
-    """For rows of ``width`` elements, the smallest of those read of ``itemsize`` bytes.
+    """Forward, for rows of ``width`` elements, the smallest of those read of ``itemsize`` bytes.
 
-    32 elements a thread and four warps: at width 768 in 16 bits 94 registers, so five programs of
-    four rows fit on a multiprocessor, with 30 KB (60 with a residual) in flight. Four warps rather
-    than one keep the number of programs, which start one after the other, low. Predicted.
+    At width 768 in 16 bits a warp has a row, a thread 24 elements of it, and programs of four rows
+    keep the number of programs, which start one after the other, low. Predicted.
     """
-    block_n = _padded(width)
-    warps = max(4, block_n // 1024)
-    block_m = warps * 1024 // block_n
-    # As many as the warps of one row read with 16 bytes a thread.
-    lanes = min(block_n, max(1, warps // block_m) * 32 * 16 // itemsize)
-    return RowTile(block_m, block_n // lanes, lanes, warps)
-
-
-@dataclass(frozen=True)
-class LayerNormBwdTile:
-    """A tile of `_layer_norm_bwd_kernel`, and how many programs a multiprocessor gets.
-
-    Attributes:
-        whole_tile_sums: weight gradients are added up in the tile's shape, because its rows lie in
-            different threads.
-    """
-
-    block_m: int
-    block_n: int
-    warps: int
-    programs: int
-    stages: int = 2
-    whole_tile_sums: bool = False
+    return _row_tile(width, itemsize, most_elements=40, least_elements=32)
 
 
 @functools.cache
-def layer_norm_bwd_tile(width: int, itemsize: int) -> LayerNormBwdTile:
-    """For rows of ``width`` elements, the largest of those read of ``itemsize`` bytes. Predicted.
+def layer_norm_bwd_tile(width: int, smallest: int, largest: int) -> tuple[RowTile, int]:
+    """Backward: the tile, and programs a multiprocessor; elements are of so many bytes. Predicted.
 
-    32 elements a thread (16 where whole tiles of sums take registers too), the next tile copied
-    asynchronously meanwhile. Programs are as many as their registers let a multiprocessor hold, so
-    that all run at once: at width 768 in 16 bits 3 with 18 KB each under way.
+    Five numbers a column stay in registers (weight, x, dy and the two sums), so fewer columns a
+    thread than forward. As many programs as their registers let a multiprocessor hold at once; the
+    next rows are copied asynchronously meanwhile: at width 768 in 16 bits 12 rows, 36 KB (54 with
+    the gradient of a sum).
     """
-    block_n = _padded(width)
-    if block_n < 1024:
-        return LayerNormBwdTile(2048 // block_n, block_n, 4, programs=4, whole_tile_sums=True)
-    if block_n <= 2048:
-        return LayerNormBwdTile(4096 // block_n, block_n, 4, programs=3 if itemsize == 2 else 2)
-    if block_n <= 4096:
-        return LayerNormBwdTile(1, block_n, 8, programs=2 if itemsize == 2 else 1)
-    return LayerNormBwdTile(1, block_n, 16, programs=1, stages=1)  # 2 stages would spill
+    tile = _row_tile(width, smallest, most_elements=28, least_elements=0)
+    if largest == 2 and tile == RowTile(2, 512, 2, 4):  # width 1024: would spill three registers
+        return RowTile(4, 512, 2, 8), 2
+    if tile.warps > 4:
+        return tile, 1
+    elements = tile.chunks * tile.lanes * tile.block_m // (32 * tile.warps)
+    if elements <= 16:
+        return tile, 4 if largest == 2 else 3
+    return tile, 3 if largest == 2 and width <= 768 else 2
 
 
 # (programs' shares a step, columns, warps): at width 768 96 programs, each with a step or two.
@@ -343,7 +355,3 @@ EMBEDDING_BWD = EmbeddingBwdConfig(
     join_block_n=128,
     join_warps=4,
 )
-
-
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())

@@ -10,6 +10,8 @@ it begins adds those up (`_join_chunks_kernel`). So a token that fills the batch
 programs, and the order of every sum is fixed.
 """
 
+# ruff: noqa: RUF005 (Triton has no starred expressions)
+
 import torch
 import triton
 import triton.language as tl
@@ -18,9 +20,10 @@ from torch import Tensor
 from gpt2fast.kernels._triton import configs
 from gpt2fast.kernels._triton.layer_norm import (
     check_affine,
+    load_row_tiles,
     normalize_rows,
     row_stride,
-    row_tile_columns,
+    store_row_tile,
 )
 
 
@@ -47,8 +50,8 @@ def _embedding_fwd_kernel(
     NORMALIZE: tl.constexpr,
     SAVE_STATISTICS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    CHUNKS: tl.constexpr,
     LANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     """hidden = wte[id] + wpe[position] (+ wte[type]) and its LayerNorm; grid: (row blocks,).
 
@@ -57,40 +60,35 @@ def _embedding_fwd_kernel(
     ``[V or P, width]`` with their strides. hidden_ptr, normed_ptr: ``[rows, width]``, contiguous.
     statistics_ptr: as in `normalize_rows`. Rows and columns are masked; ids are trusted.
     """
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     mask_m = offs_m < rows
     offs_position = offs_m // length * stride_position_row + offs_m % length
-    ids = tl.load(ids_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)[None, :, None]
-    positions = tl.load(position_ids_ptr + offs_position, mask=mask_m, other=0)
-    positions = positions.to(tl.int64)[None, :, None]
-    offs_n = row_tile_columns(CHUNKS, LANES)
-    # [CHUNKS, BLOCK_M, LANES]
-    mask = mask_m[None, :, None] & (offs_n < width)
-    token = tl.load(wte_ptr + ids * stride_wte_row + offs_n, mask=mask, other=0.0)
-    position = tl.load(wpe_ptr + positions * stride_wpe_row + offs_n, mask=mask, other=0.0)
-    x = token.to(tl.float32) + position.to(tl.float32)
+    ids = tl.load(ids_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    positions = tl.load(position_ids_ptr + offs_position, mask=mask_m, other=0).to(tl.int64)
+    token = load_row_tiles(wte_ptr + ids * stride_wte_row, mask_m, width, BLOCK_M, LANES, CHUNKS)
+    position = load_row_tiles(
+        wpe_ptr + positions * stride_wpe_row, mask_m, width, BLOCK_M, LANES, CHUNKS
+    )
     if HAS_TYPES:
-        types = tl.load(type_ids_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)[None, :, None]
-        kind = tl.load(wte_ptr + types * stride_wte_row + offs_n, mask=mask, other=0.0)
-        x += kind.to(tl.float32)
-    hidden = x.to(hidden_ptr.dtype.element_ty)
-    offs_out = offs_m.to(tl.int64)[None, :, None] * width + offs_n
-    tl.store(hidden_ptr + offs_out, hidden, mask=mask)
-    if NORMALIZE:
-        normed = normalize_rows(
-            hidden.to(tl.float32),
-            mask,
-            offs_n,
-            offs_m,
-            weight_ptr,
-            bias_ptr,
-            statistics_ptr,
-            rows,
-            width,
-            eps,
-            SAVE_STATISTICS,
+        types = tl.load(type_ids_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+        kind = load_row_tiles(
+            wte_ptr + types * stride_wte_row, mask_m, width, BLOCK_M, LANES, CHUNKS
         )
-        tl.store(normed_ptr + offs_out, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+    row_ptr = hidden_ptr + offs_m.to(tl.int64) * width
+    x = ()
+    for chunk in tl.static_range(CHUNKS):
+        # [BLOCK_M, LANES]
+        hidden = token[chunk].to(tl.float32) + position[chunk].to(tl.float32)
+        if HAS_TYPES:
+            hidden += kind[chunk].to(tl.float32)
+        hidden = hidden.to(hidden_ptr.dtype.element_ty)
+        store_row_tile(row_ptr, hidden, mask_m, width, chunk, LANES)
+        x = x + (hidden.to(tl.float32),)
+    if NORMALIZE:
+        normalize_rows(
+            x, offs_m, mask_m, weight_ptr, bias_ptr, normed_ptr, statistics_ptr, rows, width, eps,
+            SAVE_STATISTICS, BLOCK_M, LANES, CHUNKS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "rows", "chunk"])
@@ -255,7 +253,7 @@ def embedding_fwd(
             eps,
             HAS_TYPES=token_type_ids is not None, NORMALIZE=normalize,
             SAVE_STATISTICS=save_statistics,
-            BLOCK_M=tile.block_m, CHUNKS=tile.chunks, LANES=tile.lanes, num_warps=tile.warps,
+            BLOCK_M=tile.block_m, LANES=tile.lanes, CHUNKS=tile.chunks, num_warps=tile.warps,
         )  # fmt: skip
     return hidden, normed, statistics
 

@@ -1,10 +1,12 @@
 """LayerNorm, its residual-add form, and their backward pass.
 
-Forward: a row is read once and kept in registers, where its statistics take two passes (the mean,
-then the centred squares), so a large mean costs no accuracy. Tiles are
-``[CHUNKS, BLOCK_M, LANES]``, column ``chunk * LANES + lane``: Triton spreads warps over the last
-dimension first and the middle one next, so with LANES as wide as the 16-byte accesses of one warp,
-a warp owns whole rows, and their sums need neither shared memory nor a barrier.
+A row is read once and kept in registers, as CHUNKS tiles ``[BLOCK_M, LANES]`` (a tuple), column
+``chunk * LANES + lane``. LANES is what the warps of one row read with 16 bytes a thread: mostly one
+warp, whose sums then need neither shared memory nor a barrier, and CHUNKS any number, so that 768
+columns are three tiles of 256 and not a power of two.
+
+Forward: statistics take two passes over the registers (the mean, then the centred squares), so a
+large mean costs no accuracy.
 
 Backward, with g = weight * dy and z = (x - mean) * rstd:
 
@@ -14,6 +16,8 @@ Backward, with g = weight * dy and z = (x - mean) * rstd:
 Each program owns a contiguous range of rows and adds up its share of dweight and dbias in
 float32; a second kernel adds the shares up in a fixed order.
 """
+
+# ruff: noqa: RUF005 (Triton has no starred expressions)
 
 import torch
 import triton
@@ -25,44 +29,70 @@ from gpt2fast.kernels._triton.target import current_target
 
 
 @triton.jit
-def row_tile_columns(CHUNKS: tl.constexpr, LANES: tl.constexpr):
-    """The columns of a forward tile, ``[CHUNKS, 1, LANES]``."""
-    offs_chunk = tl.arange(0, CHUNKS) * LANES
-    return offs_chunk[:, None, None] + tl.arange(0, LANES)[None, None, :]
+def load_row_tiles(
+    ptr, mask_m, width, BLOCK_M: tl.constexpr, LANES: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """The tiles of rows that begin at ``ptr`` ``[BLOCK_M, 1]``, 0 where masked, in their dtype."""
+    tiles = ()
+    for chunk in tl.static_range(CHUNKS):
+        # In the tile's shape even where all rows are one: each warp loads what it needs.
+        offs_n = tl.broadcast_to(chunk * LANES + tl.arange(0, LANES)[None, :], (BLOCK_M, LANES))
+        tiles = tiles + (tl.load(ptr + offs_n, mask=mask_m & (offs_n < width), other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store_row_tile(ptr, tile, mask_m, width, chunk: tl.constexpr, LANES: tl.constexpr):
+    """Stores tile ``chunk`` of the rows that begin at ``ptr`` ``[BLOCK_M, 1]``, in their dtype."""
+    offs_n = chunk * LANES + tl.arange(0, LANES)[None, :]
+    tl.store(ptr + offs_n, tile.to(ptr.dtype.element_ty), mask=mask_m & (offs_n < width))
 
 
 @triton.jit
 def normalize_rows(
     x,
-    mask,
-    offs_n,
     offs_m,
+    mask_m,
     weight_ptr,
     bias_ptr,
+    y_ptr,
     statistics_ptr,
     rows,
     width,
     eps,
     SAVE_STATISTICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """LayerNorm of a float32 tile ``[CHUNKS, BLOCK_M, LANES]``, which is 0 where masked.
+    """Stores the LayerNorm of rows whose float32 tiles are ``x``, 0 where masked.
 
-    weight_ptr, bias_ptr: ``[width]``. statistics_ptr: float32 ``[2, rows]``, the mean and
-    1 / sqrt(var + eps) of every row, stored where SAVE_STATISTICS.
+    offs_m, mask_m: ``[BLOCK_M, 1]``. weight_ptr, bias_ptr: ``[width]``. y_ptr: ``[rows, width]``,
+    contiguous. statistics_ptr: float32 ``[2, rows]``, the mean and 1 / sqrt(var + eps) of every
+    row, stored where SAVE_STATISTICS.
     """
-    # In the tile's shape, so that each warp loads what it needs: no exchange through shared memory.
-    offs_affine = tl.broadcast_to(offs_n, x.shape)
-    weight = tl.load(weight_ptr + offs_affine, mask=offs_affine < width, other=0.0)
-    bias = tl.load(bias_ptr + offs_affine, mask=offs_affine < width, other=0.0)
+    weight = load_row_tiles(weight_ptr, mask_m, width, BLOCK_M, LANES, CHUNKS)
+    bias = load_row_tiles(bias_ptr, mask_m, width, BLOCK_M, LANES, CHUNKS)
     count = width.to(tl.float32)
-    mean = tl.div_rn(tl.sum(tl.sum(x, 0), 1), count)  # [BLOCK_M]
-    centred = tl.where(mask, x - mean[None, :, None], 0.0)
-    var = tl.div_rn(tl.sum(tl.sum(centred * centred, 0), 1), count)
-    rstd = tl.rsqrt(var + eps)
+    # [BLOCK_M, LANES]
+    total = tl.zeros((BLOCK_M, LANES), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        total += x[chunk]
+    mean = tl.div_rn(tl.sum(total, 1, keep_dims=True), count)
+    squares = tl.zeros((BLOCK_M, LANES), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        mask_n = chunk * LANES + tl.arange(0, LANES)[None, :] < width
+        centred = tl.where(mask_n, x[chunk] - mean, 0.0)
+        squares += centred * centred
+    rstd = tl.rsqrt(tl.div_rn(tl.sum(squares, 1, keep_dims=True), count) + eps)
     if SAVE_STATISTICS:
-        tl.store(statistics_ptr + offs_m, mean, mask=offs_m < rows)
-        tl.store(statistics_ptr + rows + offs_m, rstd, mask=offs_m < rows)
-    return centred * rstd[None, :, None] * weight.to(tl.float32) + bias.to(tl.float32)
+        tl.store(statistics_ptr + offs_m, mean, mask=mask_m)
+        tl.store(statistics_ptr + rows + offs_m, rstd, mask=mask_m)
+    row_ptr = y_ptr + offs_m.to(tl.int64) * width
+    for chunk in tl.static_range(CHUNKS):
+        z = (x[chunk] - mean) * rstd
+        y = z * weight[chunk].to(tl.float32) + bias[chunk].to(tl.float32)
+        store_row_tile(row_ptr, y, mask_m, width, chunk, LANES)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -82,30 +112,35 @@ def _layer_norm_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     SAVE_STATISTICS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    CHUNKS: tl.constexpr,
     LANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     """y = LayerNorm(x + residual) and the sum, for BLOCK_M rows; grid: (row blocks,).
 
     x_ptr, residual_ptr: ``[rows, width]`` with their strides. y_ptr, summed_ptr: the same,
     contiguous. The statistics are those of the sum as it is stored. Rows and columns are masked.
     """
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = row_tile_columns(CHUNKS, LANES)
-    # [CHUNKS, BLOCK_M, LANES]
-    mask = (offs_m < rows)[None, :, None] & (offs_n < width)
-    row = offs_m.to(tl.int64)[None, :, None]
-    x = tl.load(x_ptr + row * stride_x_row + offs_n, mask=mask, other=0.0).to(tl.float32)
+    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    mask_m = offs_m < rows
+    row = offs_m.to(tl.int64)
+    loaded = load_row_tiles(x_ptr + row * stride_x_row, mask_m, width, BLOCK_M, LANES, CHUNKS)
+    x = ()
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row * stride_residual_row + offs_n, mask=mask, other=0.0)
-        summed = (x + residual.to(tl.float32)).to(summed_ptr.dtype.element_ty)
-        tl.store(summed_ptr + row * width + offs_n, summed, mask=mask)
-        x = summed.to(tl.float32)
-    y = normalize_rows(
-        x, mask, offs_n, offs_m, weight_ptr, bias_ptr, statistics_ptr, rows, width, eps,
-        SAVE_STATISTICS,
+        residual = load_row_tiles(
+            residual_ptr + row * stride_residual_row, mask_m, width, BLOCK_M, LANES, CHUNKS
+        )
+        for chunk in tl.static_range(CHUNKS):
+            summed = loaded[chunk].to(tl.float32) + residual[chunk].to(tl.float32)
+            summed = summed.to(summed_ptr.dtype.element_ty)
+            store_row_tile(summed_ptr + row * width, summed, mask_m, width, chunk, LANES)
+            x = x + (summed.to(tl.float32),)
+    else:
+        for chunk in tl.static_range(CHUNKS):
+            x = x + (loaded[chunk].to(tl.float32),)
+    normalize_rows(
+        x, offs_m, mask_m, weight_ptr, bias_ptr, y_ptr, statistics_ptr, rows, width, eps,
+        SAVE_STATISTICS, BLOCK_M, LANES, CHUNKS,
     )  # fmt: skip
-    tl.store(y_ptr + row * width + offs_n, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])
@@ -128,9 +163,9 @@ def _layer_norm_bwd_kernel(
     NEED_DX: tl.constexpr,
     NEED_CAST: tl.constexpr,
     NEED_AFFINE: tl.constexpr,
-    WHOLE_TILE_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dx of a range of rows, and their share of dweight and dbias.
@@ -141,51 +176,62 @@ def _layer_norm_bwd_kernel(
     Rows and columns are masked: what lies outside counts as dy = 0.
     """
     pid = tl.program_id(0)
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < width
-    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    # Where threads share columns, summing a tile over its rows crosses them: once, at the end.
-    SUM_M: tl.constexpr = BLOCK_M if WHOLE_TILE_SUMS else 1
-    dweight = tl.zeros((SUM_M, BLOCK_N), tl.float32)
-    dbias = tl.zeros((SUM_M, BLOCK_N), tl.float32)
+    scale = 1.0 / width.to(tl.float32)
+    every = tl.full((BLOCK_M, 1), True, tl.int1)
+    weight = load_row_tiles(weight_ptr, every, width, BLOCK_M, LANES, CHUNKS)
+    # In the tile's shape: its rows lie in different threads, and are added up once, at the end.
+    dweight = ()
+    dbias = ()
+    for _ in tl.static_range(CHUNKS):
+        dweight = dweight + (tl.zeros((BLOCK_M, LANES), tl.float32),)
+        dbias = dbias + (tl.zeros((BLOCK_M, LANES), tl.float32),)
     first = pid * rows_per_program
     for start in tl.range(first, min(first + rows_per_program, rows), BLOCK_M, num_stages=STAGES):
-        offs_m = start + tl.arange(0, BLOCK_M)
+        offs_m = (start + tl.arange(0, BLOCK_M))[:, None]
         mask_m = offs_m < rows
-        # [BLOCK_M, BLOCK_N]
-        mask = mask_m[:, None] & mask_n[None, :]
-        row = offs_m.to(tl.int64)[:, None]
-        columns = offs_n[None, :]
-        dy = tl.load(dy_ptr + row * stride_dy_row + columns, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * stride_x_row + columns, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(statistics_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-        rstd = tl.load(statistics_ptr + rows + offs_m, mask=mask_m, other=0.0)[:, None]
-        z = (x - mean) * rstd
+        row = offs_m.to(tl.int64)
+        dy = load_row_tiles(dy_ptr + row * stride_dy_row, mask_m, width, BLOCK_M, LANES, CHUNKS)
+        x = load_row_tiles(x_ptr + row * stride_x_row, mask_m, width, BLOCK_M, LANES, CHUNKS)
+        if HAS_DSUMMED:
+            dsummed = load_row_tiles(
+                dsummed_ptr + row * stride_dsummed_row, mask_m, width, BLOCK_M, LANES, CHUNKS
+            )
+        mean = tl.load(statistics_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(statistics_ptr + rows + offs_m, mask=mask_m, other=0.0)
+        z = ()
+        sum_g = tl.zeros((BLOCK_M, LANES), tl.float32)
+        sum_gz = tl.zeros((BLOCK_M, LANES), tl.float32)
+        new_dweight = ()
+        new_dbias = ()
+        for chunk in tl.static_range(CHUNKS):
+            z = z + ((x[chunk].to(tl.float32) - mean) * rstd,)
+            upstream = dy[chunk].to(tl.float32)
+            g = upstream * weight[chunk].to(tl.float32)
+            sum_g += g
+            sum_gz += g * z[chunk]
+            new_dweight = new_dweight + (dweight[chunk] + upstream * z[chunk],)
+            new_dbias = new_dbias + (dbias[chunk] + upstream,)
         if NEED_AFFINE:
-            if WHOLE_TILE_SUMS:
-                dweight += dy * z
-                dbias += dy
-            else:
-                dweight += tl.sum(dy * z, 0, keep_dims=True)
-                dbias += tl.sum(dy, 0, keep_dims=True)
+            dweight = new_dweight
+            dbias = new_dbias
         if NEED_DX:
-            g = dy * weight
-            scale = 1.0 / width.to(tl.float32)
-            mean_g = tl.sum(g, 1, keep_dims=True) * scale
-            mean_gz = tl.sum(g * z, 1, keep_dims=True) * scale
-            dx = (g - mean_g - z * mean_gz) * rstd
-            if HAS_DSUMMED:
-                offs_dsummed = row * stride_dsummed_row + columns
-                dx += tl.load(dsummed_ptr + offs_dsummed, mask=mask, other=0.0).to(tl.float32)
-            offs_dx = row * width + columns
-            tl.store(dx_ptr + offs_dx, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-            if NEED_CAST:
-                tl.store(dx_cast_ptr + offs_dx, dx.to(dx_cast_ptr.dtype.element_ty), mask=mask)
+            mean_g = tl.sum(sum_g, 1, keep_dims=True) * scale
+            mean_gz = tl.sum(sum_gz, 1, keep_dims=True) * scale
+            for chunk in tl.static_range(CHUNKS):
+                g = dy[chunk].to(tl.float32) * weight[chunk].to(tl.float32)
+                dx = (g - mean_g - z[chunk] * mean_gz) * rstd
+                if HAS_DSUMMED:
+                    dx += dsummed[chunk].to(tl.float32)
+                store_row_tile(dx_ptr + row * width, dx, mask_m, width, chunk, LANES)
+                if NEED_CAST:
+                    store_row_tile(dx_cast_ptr + row * width, dx, mask_m, width, chunk, LANES)
     if NEED_AFFINE:
         dweight_ptr = partial_ptr + pid.to(tl.int64) * width
         dbias_ptr = dweight_ptr + tl.num_programs(0).to(tl.int64) * width
-        tl.store(dweight_ptr + offs_n, tl.sum(dweight, 0), mask=mask_n)
-        tl.store(dbias_ptr + offs_n, tl.sum(dbias, 0), mask=mask_n)
+        for chunk in tl.static_range(CHUNKS):
+            offs_n = chunk * LANES + tl.arange(0, LANES)
+            tl.store(dweight_ptr + offs_n, tl.sum(dweight[chunk], 0), mask=offs_n < width)
+            tl.store(dbias_ptr + offs_n, tl.sum(dbias[chunk], 0), mask=offs_n < width)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -294,7 +340,7 @@ def layer_norm_fwd(
             x, residual, weight, bias, y, summed, statistics,
             rows, width, stride_x, stride_residual, eps,
             HAS_RESIDUAL=residual is not None, SAVE_STATISTICS=save_statistics,
-            BLOCK_M=tile.block_m, CHUNKS=tile.chunks, LANES=tile.lanes, num_warps=tile.warps,
+            BLOCK_M=tile.block_m, LANES=tile.lanes, CHUNKS=tile.chunks, num_warps=tile.warps,
         )  # fmt: skip
     return y, summed, statistics
 
@@ -330,8 +376,10 @@ def layer_norm_bwd(
     )
     if not rows:
         return dx, dx_cast, dweight, dbias
-    tile = configs.layer_norm_bwd_tile(width, max(dy.itemsize, x.itemsize))
-    programs = current_target(device).multiprocessors * tile.programs
+    tile, per_multiprocessor = configs.layer_norm_bwd_tile(
+        width, min(dy.itemsize, x.itemsize), max(dy.itemsize, x.itemsize)
+    )
+    programs = current_target(device).multiprocessors * per_multiprocessor
     rows_per_program = triton.cdiv(triton.cdiv(rows, tile.block_m), programs) * tile.block_m
     programs = triton.cdiv(rows, rows_per_program)
     partial = torch.empty(
@@ -341,8 +389,8 @@ def layer_norm_bwd(
         dy, dsummed, x, weight, statistics, dx, dx_cast, partial,
         rows, width, rows_per_program, stride_dy, stride_dsummed, stride_x,
         HAS_DSUMMED=dsummed is not None, NEED_DX=need_dx, NEED_CAST=need_dx and cast is not None,
-        NEED_AFFINE=need_affine, WHOLE_TILE_SUMS=tile.whole_tile_sums,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, num_warps=tile.warps,
+        NEED_AFFINE=need_affine, BLOCK_M=tile.block_m, LANES=tile.lanes, CHUNKS=tile.chunks,
+        STAGES=2, num_warps=tile.warps,
     )  # fmt: skip
     if need_affine:
         block_m, block_n, num_warps = configs.LAYER_NORM_AFFINE_SUM

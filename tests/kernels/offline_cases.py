@@ -6,6 +6,7 @@ of the tables in ``configs.py``.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -139,9 +140,10 @@ def _layer_norm(
 
 CASES["layer_norm 768"] = lambda: _layer_norm(768)
 CASES["layer_norm 768, autocast"] = lambda: _layer_norm(768, residual=torch.float32)
+CASES["layer_norm 1024"] = lambda: _layer_norm(1024)
 CASES["layer_norm 1600, float16"] = lambda: _layer_norm(1600, torch.float16)
+CASES["layer_norm 1600, float32"] = lambda: _layer_norm(1600, torch.float32)
 CASES["layer_norm 64"] = lambda: _layer_norm(64)
-CASES["layer_norm 4096, autocast"] = lambda: _layer_norm(4096, residual=torch.float32)
 CASES["layer_norm 8192, autocast"] = lambda: _layer_norm(8192, residual=torch.float32)
 
 
@@ -157,3 +159,61 @@ def _embedding(width: int, dtype: torch.dtype = torch.bfloat16) -> None:
 
 CASES["embedding 768"] = lambda: _embedding(768)
 CASES["embedding 1600, float32"] = lambda: _embedding(1600, torch.float32)
+
+
+def _attention(
+    head_size: int = 64,
+    everything: bool = False,
+    dropout: bool = False,
+    backward: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Training; ``everything`` adds bounds of the keys to a past and to dropout."""
+    from gpt2fast.kernels._triton.attention_bwd import attention_bwd
+    from gpt2fast.kernels._triton.attention_fwd import attention_fwd
+
+    batch, heads, length = 8, 768 // head_size, 1024
+    past = 512 if everything else 0
+    shared = (
+        empty(batch, length, 3 * heads * head_size, dtype=dtype),
+        heads,
+        empty(2, batch, heads, past, head_size, dtype=dtype) if past else None,
+        None,
+        empty(batch, dtype=torch.int32) if everything else None,
+        empty(batch, dtype=torch.int32) if everything else None,
+        empty(1, dtype=torch.int64) if everything or dropout else None,
+    )
+    p = 0.1 if everything or dropout else 0.0
+    if not backward:
+        attention_fwd(*shared, 0.125, p, True)
+        return
+    out = empty(batch, length, heads * head_size, dtype=dtype)
+    lse = empty(batch, heads, length, dtype=torch.float32)
+    attention_bwd(out, *shared, out, lse, 0.125, p, past > 0)
+
+
+def _attention_chunk(length: int) -> None:
+    """A chunk appended to a cache, its length on the device, with a mask of keys."""
+    from gpt2fast.kernels._triton.attention_fwd import launch_attention_fwd
+
+    launch_attention_fwd(
+        empty(4, length, 2304),
+        12,
+        scale=0.125,
+        past=empty(2, 4, 12, 1024, 64),
+        start=empty(4, dtype=torch.int32),
+        key_mask=empty(4, 1024, dtype=torch.bool),
+        write_cache=True,
+    )
+
+
+for _backward, _name in ((False, "forward"), (True, "backward")):
+    for _label, _options in (
+        ("64", {}),
+        ("64 everything", {"everything": True}),
+        ("128 dropout", {"head_size": 128, "dropout": True}),
+        ("64 float32", {"dtype": torch.float32}),
+        ("128 float32", {"head_size": 128, "dtype": torch.float32}),
+    ):
+        CASES[f"attention {_name} {_label}"] = partial(_attention, backward=_backward, **_options)
+CASES["attention chunk 64"] = lambda: _attention_chunk(64)
