@@ -304,8 +304,8 @@ def row_tile(width: int, itemsize: int) -> RowTile:
 
 
 @functools.cache
-def layer_norm_bwd_tile(width: int, smallest: int, largest: int) -> tuple[RowTile, int]:
-    """Backward: the tile, and programs a multiprocessor; elements are of so many bytes. Predicted.
+def layer_norm_bwd_tile(width: int, smallest: int, largest: int) -> tuple[RowTile, int, int]:
+    """Backward: tile, programs a multiprocessor, stages; elements of so many bytes. Predicted.
 
     Five numbers a column stay in registers (weight, x, dy and the two sums), so fewer columns a
     thread than forward. As many programs as their registers let a multiprocessor hold at once; the
@@ -314,13 +314,13 @@ def layer_norm_bwd_tile(width: int, smallest: int, largest: int) -> tuple[RowTil
     """
     tile = _row_tile(width, smallest, most_elements=28, least_elements=0)
     if largest == 2 and tile == RowTile(2, 512, 2, 4):  # width 1024: would spill three registers
-        return RowTile(4, 512, 2, 8), 2
+        return RowTile(4, 512, 2, 8), 2, 2
     if tile.warps > 4:
-        return tile, 1
+        return tile, 1, 2 if tile.warps == 8 else 1  # two stages of 16 warps would spill
     elements = tile.chunks * tile.lanes * tile.block_m // (32 * tile.warps)
     if elements <= 16:
-        return tile, 4 if largest == 2 else 3
-    return tile, 3 if largest == 2 and width <= 768 else 2
+        return tile, 4 if largest == 2 else 3, 2
+    return tile, 3 if largest == 2 and width <= 768 else 2, 2
 
 
 # (programs' shares a step, columns, warps): at width 768 96 programs, each with a step or two.

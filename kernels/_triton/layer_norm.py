@@ -376,7 +376,7 @@ def layer_norm_bwd(
     )
     if not rows:
         return dx, dx_cast, dweight, dbias
-    tile, per_multiprocessor = configs.layer_norm_bwd_tile(
+    tile, per_multiprocessor, stages = configs.layer_norm_bwd_tile(
         width, min(dy.itemsize, x.itemsize), max(dy.itemsize, x.itemsize)
     )
     programs = current_target(device).multiprocessors * per_multiprocessor
@@ -390,7 +390,7 @@ def layer_norm_bwd(
         rows, width, rows_per_program, stride_dy, stride_dsummed, stride_x,
         HAS_DSUMMED=dsummed is not None, NEED_DX=need_dx, NEED_CAST=need_dx and cast is not None,
         NEED_AFFINE=need_affine, BLOCK_M=tile.block_m, LANES=tile.lanes, CHUNKS=tile.chunks,
-        STAGES=2, num_warps=tile.warps,
+        STAGES=stages, num_warps=tile.warps,
     )  # fmt: skip
     if need_affine:
         block_m, block_n, num_warps = configs.LAYER_NORM_AFFINE_SUM
