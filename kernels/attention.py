@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2fast.kernels import backend, torch_ops
+from gpt2fast.kernels import torch_ops
+from gpt2fast.kernels.backend import DTYPES, serves
 from gpt2fast.kernels.registry import (
     autocast_inputs,
     forbid_second_derivative,
@@ -135,10 +136,9 @@ def _causal_attention_triton(
     head_size = qkv.shape[2] // (3 * num_heads)
     if (
         (mask is not None and mask.dim() == 4)
-        or (past_kv is not None and past_kv.dtype not in backend.DTYPES)
+        or (past_kv is not None and past_kv.dtype not in DTYPES)
         or head_size % 8
         or head_size > _MAX_HEAD_SIZE
-        or scale <= 0  # the largest score is found before scaling
         or dropout_p > 1 - 2**-16  # probabilities are rounded to 16 bits
     ):
         return NotImplemented
@@ -216,7 +216,7 @@ def prepare_mask(key_mask: Tensor | None, query_length: int, device: torch.devic
     """
     if key_mask is None:
         return None
-    if backend.serves(device):
+    if serves(device):
         return key_mask.to(device)
     return torch_ops.expand_key_mask(key_mask.to(device), query_length)
 
@@ -244,7 +244,7 @@ def causal_attention(
             left padding before it is not attended.
         lengths: int32 ``[B]``, the position after each row's last real key; the padding from there
             on is not attended. Neither of the two goes together with a complete mask.
-        scale: factor of the scores; default ``1 / sqrt(D)``.
+        scale: factor of the scores, positive; default ``1 / sqrt(D)``.
         dropout_p: probability of dropping an attention weight.
         upcast: compute scores and softmax in float32 whatever the inputs' dtype.
 
@@ -252,7 +252,7 @@ def causal_attention(
         ``[B, T, C]``.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not agree, or dropout_p is not a probability.
+        ValueError: shapes, dtypes or devices do not agree, or a number is out of its range.
     """
     check_inputs(qkv, num_heads, past_kv, 0 if past_kv is None else past_kv.shape[3], mask)
     for name, bound in (("first_keys", first_keys), ("lengths", lengths)):
@@ -270,6 +270,8 @@ def causal_attention(
         raise ValueError(f"dropout_p must be between 0 and 1; got {dropout_p}")
     if scale is None:
         scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
+    if not scale > 0:  # the kernels scale the largest score, and PyTorch's give NaN
+        raise ValueError(f"scale must be positive; got {scale}")
     return _causal_attention(
         qkv, num_heads, past_kv, mask, first_keys, lengths, scale, dropout_p, upcast
     )

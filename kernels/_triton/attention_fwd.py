@@ -287,7 +287,8 @@ def launch_attention_fwd(
         check_rows(batch, qkv.device, start=start)
         starts, start = start, capacity
     elif start + (length if write_cache else 0) > capacity:
-        raise ValueError(f"{start} + {length} rows in a past of {capacity}")
+        new = f" and {length} new" if write_cache else ""
+        raise ValueError(f"{start}{new} rows in a past of {capacity}")
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.stride(-1) != 1):
         raise ValueError(
             f"key_mask must be boolean with contiguous rows; got {key_mask.dtype} with strides "

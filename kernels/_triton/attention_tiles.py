@@ -185,13 +185,10 @@ def kept_weights(
         c0 = (product >> 32).to(tl.uint32) ^ key ^ c1
         c1 = product.to(tl.uint32)
         key += 0x9E3779B9
-    # Words by the key's bit of 8, their halves by the query's. In each the upper bits count.
-    if TRANSPOSED:
-        words = tl.join(c0, c1)  # [ROWS / 2, COLUMNS / 2, 2]
-        words = tl.join(words, words << 16)  # [ROWS / 2, COLUMNS / 2, 2, 2]
-    else:
-        words = tl.join(c0, c1)
-        words = tl.join(words << 16, words)
+    # A word for each value of the key's bit of 8, a half of it for each of the query's; of what is
+    # compared the upper 16 bits count.
+    words = tl.join(c0, c1)  # [ROWS / 2, COLUMNS / 2, 2]
+    words = tl.join(words << 16, words)  # [ROWS / 2, COLUMNS / 2, 2, 2]
     words = tl.reshape(words, [ROWS // 16, 8, COLUMNS // 16, 8, 2, 2])
     if TRANSPOSED:
         words = tl.permute(words, [0, 4, 1, 2, 5, 3])
@@ -242,7 +239,8 @@ def heads_descriptor(tensor: Tensor, head_size: int, rows: int, block_d: int) ->
 
 def check_heads(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise unless ``tensor`` has this shape, a dtype of ours, and contiguous heads, on device."""
-    if tuple(tensor.shape) != shape or tensor.stride(-1) != 1 or tensor.dtype not in DTYPES:
+    contiguous = tensor.stride(-1) == 1 or not tensor.numel()
+    if tuple(tensor.shape) != shape or not contiguous or tensor.dtype not in DTYPES:
         raise ValueError(
             f"{name} must be {list(shape)} of {DTYPES}, its last dimension contiguous; got "
             f"{list(tensor.shape)} {tensor.dtype} with strides {list(tensor.stride())}"
