@@ -10,8 +10,6 @@ it begins adds those up (`_join_chunks_kernel`). So a token that fills the batch
 programs, and the order of every sum is fixed.
 """
 
-# ruff: noqa: RUF005 (Triton has no starred expressions)
-
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from gpt2fast.kernels._triton import configs
 from gpt2fast.kernels._triton.layer_norm import (
+    append_tile,
     check_affine,
     load_row_tiles,
     normalize_rows,
@@ -83,7 +82,7 @@ def _embedding_fwd_kernel(
             hidden += kind[chunk].to(tl.float32)
         hidden = hidden.to(hidden_ptr.dtype.element_ty)
         store_row_tile(row_ptr, hidden, mask_m, width, chunk, LANES)
-        x = x + (hidden.to(tl.float32),)
+        x = append_tile(x, hidden.to(tl.float32))
     if NORMALIZE:
         normalize_rows(
             x, offs_m, mask_m, weight_ptr, bias_ptr, normed_ptr, statistics_ptr, rows, width, eps,
@@ -240,7 +239,7 @@ def embedding_fwd(
             f"{wpe.dtype} on {wpe.device}"
         )
     normalize = weight is not None and bias is not None
-    if normalize:
+    if weight is not None and bias is not None:
         check_affine(weight, bias, hidden)
     normed = torch.empty(hidden.shape if normalize else 0, dtype=dtype, device=device)
     statistics = torch.empty(2, rows if save_statistics else 0, dtype=torch.float32, device=device)

@@ -17,8 +17,6 @@ Each program owns a contiguous range of rows and adds up its share of dweight an
 float32; a second kernel adds the shares up in a fixed order.
 """
 
-# ruff: noqa: RUF005 (Triton has no starred expressions)
-
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +24,12 @@ from torch import Tensor
 
 from gpt2fast.kernels._triton import configs
 from gpt2fast.kernels._triton.target import current_target
+
+
+@triton.jit
+def append_tile(tiles, tile):
+    """The tuple with one more."""
+    return tiles + (tile,)  # noqa: RUF005 (Triton has no starred expressions)
 
 
 @triton.jit
@@ -37,7 +41,7 @@ def load_row_tiles(
     for chunk in tl.static_range(CHUNKS):
         # In the tile's shape even where all rows are one: each warp loads what it needs.
         offs_n = tl.broadcast_to(chunk * LANES + tl.arange(0, LANES)[None, :], (BLOCK_M, LANES))
-        tiles = tiles + (tl.load(ptr + offs_n, mask=mask_m & (offs_n < width), other=0.0),)
+        tiles = append_tile(tiles, tl.load(ptr + offs_n, mask=mask_m & (offs_n < width), other=0.0))
     return tiles
 
 
@@ -133,10 +137,10 @@ def _layer_norm_fwd_kernel(
             summed = loaded[chunk].to(tl.float32) + residual[chunk].to(tl.float32)
             summed = summed.to(summed_ptr.dtype.element_ty)
             store_row_tile(summed_ptr + row * width, summed, mask_m, width, chunk, LANES)
-            x = x + (summed.to(tl.float32),)
+            x = append_tile(x, summed.to(tl.float32))
     else:
         for chunk in tl.static_range(CHUNKS):
-            x = x + (loaded[chunk].to(tl.float32),)
+            x = append_tile(x, loaded[chunk].to(tl.float32))
     normalize_rows(
         x, offs_m, mask_m, weight_ptr, bias_ptr, y_ptr, statistics_ptr, rows, width, eps,
         SAVE_STATISTICS, BLOCK_M, LANES, CHUNKS,
@@ -183,8 +187,8 @@ def _layer_norm_bwd_kernel(
     dweight = ()
     dbias = ()
     for _ in tl.static_range(CHUNKS):
-        dweight = dweight + (tl.zeros((BLOCK_M, LANES), tl.float32),)
-        dbias = dbias + (tl.zeros((BLOCK_M, LANES), tl.float32),)
+        dweight = append_tile(dweight, tl.zeros((BLOCK_M, LANES), tl.float32))
+        dbias = append_tile(dbias, tl.zeros((BLOCK_M, LANES), tl.float32))
     first = pid * rows_per_program
     for start in tl.range(first, min(first + rows_per_program, rows), BLOCK_M, num_stages=STAGES):
         offs_m = (start + tl.arange(0, BLOCK_M))[:, None]
@@ -204,13 +208,13 @@ def _layer_norm_bwd_kernel(
         new_dweight = ()
         new_dbias = ()
         for chunk in tl.static_range(CHUNKS):
-            z = z + ((x[chunk].to(tl.float32) - mean) * rstd,)
+            z = append_tile(z, (x[chunk].to(tl.float32) - mean) * rstd)
             upstream = dy[chunk].to(tl.float32)
             g = upstream * weight[chunk].to(tl.float32)
             sum_g += g
             sum_gz += g * z[chunk]
-            new_dweight = new_dweight + (dweight[chunk] + upstream * z[chunk],)
-            new_dbias = new_dbias + (dbias[chunk] + upstream,)
+            new_dweight = append_tile(new_dweight, dweight[chunk] + upstream * z[chunk])
+            new_dbias = append_tile(new_dbias, dbias[chunk] + upstream)
         if NEED_AFFINE:
             dweight = new_dweight
             dbias = new_dbias

@@ -204,6 +204,27 @@ def test_only_what_is_needed(backend: str, used: tuple[int, ...], needed: tuple[
             assert_close("layer_norm", "backward", got, want)
 
 
+@triton_only
+@pytest.mark.parametrize("needed", [(0,), (2,), (3,), (1, 3)], ids=str)
+def test_the_backward_pass_computes_no_more_than_is_needed(
+    backend: str, needed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = importlib.import_module("gpt2fast.kernels.embedding")
+    asked, kernel = [], op.layer_norm_bwd
+
+    def record(*args: Any) -> Any:
+        asked.append(args[5:])
+        return kernel(*args)
+
+    monkeypatch.setattr(op, "layer_norm_bwd", record)
+    ids = torch.randint(11, (2, 5))
+    tensors = [t.requires_grad_(i in needed) for i, t in enumerate([*_tables(8), *_affine(8)])]
+    normed, _ = kernels.embedding_layer_norm(ids, ids, None, *tensors)
+    normed.sum().backward()
+    assert [t.grad is not None for t in tensors] == [i in needed for i in range(4)]
+    assert asked == [(min(needed) < 2, None, max(needed) > 1)]
+
+
 @backends
 def test_upstream_gradients_that_are_expanded(backend: str) -> None:
     ids = torch.randint(11, (2, 5))
