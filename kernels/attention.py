@@ -151,8 +151,13 @@ def _causal_attention_triton(
     qkv, past_kv, mask, first_keys, lengths = map(
         _contiguous_rows, (qkv, past_kv, mask, first_keys, lengths)
     )
+    saves = needs_gradient(qkv, past_kv)
+    if saves and past_kv is not None and not past_kv.requires_grad:
+        # Part of a cache: others may append behind it before the backward pass reads it, and what
+        # was made in inference mode cannot be saved at all.
+        past_kv = past_kv.clone()
     arguments = (qkv, num_heads, past_kv, mask, first_keys, lengths, seed, scale, dropout_p)
-    if needs_gradient(qkv, past_kv):
+    if saves:
         out: Tensor = _CausalAttention.apply(*arguments)[0]
         return out
     out, _ = _causal_attention_fwd(*arguments, False)

@@ -127,6 +127,24 @@ def test_a_differentiable_past() -> None:
     assert_gradients(ours, reference, but=["lm_head.weight"])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_past_that_grows_before_the_backward_pass(mode: Any) -> None:
+    """Training on one branch of a past, while another appends to its storage in place."""
+    ours, reference = models()
+    ids = tokens(2, 9)
+    with mode():
+        past = ours(ids[:, :5]).past_key_values
+    branch = ours(ids[:, 5:], past_key_values=past).logits
+    with mode():
+        ours(tokens(2, 1), past_key_values=past)
+    weights = torch.randn_like(branch)
+    (branch * weights).sum().backward()
+    with torch.no_grad():
+        fixed = reference(ids[:, :5]).past_key_values
+    (reference(ids[:, 5:], past_key_values=fixed).logits * weights).sum().backward()
+    assert_gradients(ours, reference, but=["lm_head.weight"])
+
+
 def test_generation_gives_the_same_tokens() -> None:
     ours, reference = models()
     ids, mask = tokens(2, 6), padding("left", 2, 6).to(DEVICE)
