@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gpt2fast.kernels._triton.attention_tiles import (
     MASKED_SCORE,
+    UNSPECIALIZED,
     check_heads,
     check_rows,
     dropout_threshold,
@@ -100,7 +101,7 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["start", "length", "heads", "batch_heads", "section", "threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_fwd_kernel(
     qkv_ptr,
     qkv_desc,
@@ -120,7 +121,7 @@ def _attention_fwd_kernel(
     stride_past_head,
     stride_past_row,
     stride_mask_batch,
-    start,
+    past_length,
     length,
     heads,
     batch_heads,
@@ -142,15 +143,14 @@ def _attention_fwd_kernel(
     first_keys, lengths and starts ``[B]`` int32, seed ``[1]`` int64. All but qkv and out may be
     None. scale carries log2(e).
 
-    With WRITE_CACHE the program also copies the keys and values of its own queries behind the
-    past's first ``start`` (or ``starts[b]``) rows, which are all that any program reads of it.
+    With WRITE_CACHE the program also copies the keys and values of its own queries behind the first
+    ``past_length`` (or ``starts[b]``) rows of the past, which are all that any program reads of it.
     """
     query_tiles = tl.cdiv(length, BLOCK_M)
     tile, batch_head = scheduled(tl.program_id(0), query_tiles, batch_heads, section)
     query = (query_tiles - 1 - tile) * BLOCK_M  # the last queries see the most keys
     batch, head = batch_head // heads, batch_head % heads
     batches = batch_heads // heads
-    past_length = start
     if starts_ptr is not None:
         past_length = tl.load(starts_ptr + batch)
     low, high = key_bounds(first_keys_ptr, lengths_ptr, batch, past_length + length)
@@ -302,7 +302,13 @@ def launch_attention_fwd(
         return out, lse
 
     block_d = max(16, triton.next_power_of_2(head_size))
-    config = attention_fwd_config(current_target(qkv.device), qkv.element_size(), block_d, length)
+    config = attention_fwd_config(
+        current_target(qkv.device),
+        qkv.element_size(),
+        block_d,
+        length,
+        crowded=seed is not None and past is not None,
+    )
     if past is None or capacity == 0:
         past, past_desc, past_strides = None, None, (0, 0, 0, 0)
     else:

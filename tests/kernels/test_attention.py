@@ -136,7 +136,7 @@ def test_key_mask(backend: str, size: tuple[int, ...], kind: str, dtype: torch.d
 
 @backends_and_dtypes
 @pytest.mark.parametrize("past", [0, 5])
-@pytest.mark.parametrize("forms", ["first", "last", "both", "mask too"])
+@pytest.mark.parametrize("forms", ["first", "last", "mask too"])
 def test_bounds(backend: str, past: int, forms: str, dtype: torch.dtype) -> None:
     """first_keys and lengths mean a key mask, whatever they hold: nothing, all, or beyond all."""
     keys = 6 + past

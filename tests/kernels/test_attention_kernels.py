@@ -38,8 +38,8 @@ def small_tiles(
     """Many tiles for few tokens, and a last section of heads that is not full."""
     chip, *tiles = request.param
     config = AttentionConfig(*tiles, 4, 2)
-    monkeypatch.setattr(attention_fwd, "attention_fwd_config", lambda *_: config)
-    monkeypatch.setattr(attention_bwd, "attention_bwd_configs", lambda *_: (config, config))
+    monkeypatch.setattr(attention_fwd, "attention_fwd_config", lambda *_, **__: config)
+    monkeypatch.setattr(attention_bwd, "attention_bwd_configs", lambda *_, **__: (config, config))
     for module in (attention_fwd, attention_bwd):
         monkeypatch.setattr(module, "section_heads", lambda *_: 2)
     with target.assume(target.CHIPS[chip]):
@@ -169,7 +169,7 @@ class TestDropout:
         masks = []
         for tiles in ((16, 16), (64, 32), (32, 64)):
             config = AttentionConfig(*tiles, 4, 2)
-            monkeypatch.setattr(attention_fwd, "attention_fwd_config", lambda *_, c=config: c)
+            monkeypatch.setattr(attention_fwd, "attention_fwd_config", lambda *_, c=config, **__: c)
             masks.append(self._kept(1, 1, 60, 30, 0.4, seed=1))
         assert torch.equal(masks[0], masks[1])
         assert torch.equal(masks[0], masks[2])
