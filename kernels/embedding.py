@@ -61,7 +61,7 @@ _embedding_fwd = register_kernel(
     _embedding_fwd_fake,
 )
 _embedding_bwd = register_kernel(
-    "embedding_bwd(Tensor dhidden, Tensor ids, int table_rows, ScalarType dtype) -> Tensor",
+    "embedding_bwd(Tensor dhidden, Tensor ids, SymInt table_rows, ScalarType dtype) -> Tensor",
     "embedding:embedding_bwd",
     _embedding_bwd_fake,
 )

@@ -141,6 +141,7 @@ def _layer_norm(
 CASES["layer_norm 768"] = lambda: _layer_norm(768)
 CASES["layer_norm 768, autocast"] = lambda: _layer_norm(768, residual=torch.float32)
 CASES["layer_norm 1024"] = lambda: _layer_norm(1024)
+CASES["layer_norm 1280"] = lambda: _layer_norm(1280)
 CASES["layer_norm 1600, float16"] = lambda: _layer_norm(1600, torch.float16)
 CASES["layer_norm 1600, float32"] = lambda: _layer_norm(1600, torch.float32)
 CASES["layer_norm 64"] = lambda: _layer_norm(64)
