@@ -140,7 +140,7 @@ def _attention_decode_kernel(
     top = tl.full([SLOTS], -float("inf"), tl.float32)
     total = tl.zeros([SLOTS], tl.float32)
     acc = tl.zeros([SLOTS, BLOCK_D], tl.float32)
-    for block in range(low, high, BLOCK_S):
+    for block in tl.range(low, high, BLOCK_S):
         position = block + offs_s
         allowed = (position >= first) & (position < high)
         if source_ptr is not None:
@@ -206,7 +206,7 @@ def _attention_decode_kernel(
         tl.store(partial_ptr + count * HEAD_SIZE + index, top + tl.log2(total), mask=mask_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "splits"])
 def _attention_combine_kernel(
     partial_ptr, out_ptr, length, splits,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
