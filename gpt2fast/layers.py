@@ -4,11 +4,15 @@ They call the ops of `gpt2fast.kernels`. Where somebody has put a hook on a modu
 (adapters, probes), the block steps through the modules one by one instead of fusing across them.
 """
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from gpt2fast import kernels
 from gpt2fast.config import TANH_GELU, GPT2Config
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -20,7 +24,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: object, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling ``module`` would run exactly ``kind.forward``, so that it may be fused."""
     return type(module) is kind and not (
         "forward" in module.__dict__  # replaced on the instance, as accelerate does
@@ -33,7 +37,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def drops(dropout: nn.Module) -> bool:
     """Whether calling ``dropout`` may do anything. Its own mode counts: some train it alone."""
-    return not is_plain(dropout, nn.Dropout) or bool(dropout.training and dropout.p > 0)
+    return not is_plain(dropout, nn.Dropout) or (dropout.training and dropout.p > 0)
 
 
 class Conv1D(nn.Module):

@@ -117,7 +117,7 @@ class _CausalAttention(torch.autograd.Function):
         return (dqkv if need_qkv else None, None, dpast if need_past else None, *(None,) * 6)
 
 
-def _contiguous_rows(tensor: Tensor | None) -> Tensor | None:
+def _contiguous_rows(tensor: Any) -> Any:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -148,9 +148,8 @@ def _causal_attention_triton(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), device=qkv.device)
-    qkv, past_kv, mask, first_keys, lengths = map(
-        _contiguous_rows, (qkv, past_kv, mask, first_keys, lengths)
-    )
+    qkv, past_kv = _contiguous_rows(qkv), _contiguous_rows(past_kv)
+    mask, first_keys, lengths = map(_contiguous_rows, (mask, first_keys, lengths))
     saves = needs_gradient(qkv, past_kv)
     if saves and past_kv is not None and not past_kv.requires_grad:
         # Part of a cache: others may append behind it before the backward pass reads it, and what

@@ -261,7 +261,7 @@ def attention_bwd(
     for_dq, for_dkdv = attention_bwd_configs(
         current_target(qkv.device), qkv.element_size(), block_d, dropout=seed is not None
     )
-    past_strides = (0, 0, 0, 0)
+    past_strides: tuple[int, ...] = (0, 0, 0, 0)
     if past_length == 0:
         past = None
     if past is not None:

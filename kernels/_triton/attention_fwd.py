@@ -309,8 +309,9 @@ def launch_attention_fwd(
         length,
         crowded=seed is not None and past is not None,
     )
+    past_strides: tuple[int, ...] = (0, 0, 0, 0)
     if past is None or capacity == 0:
-        past, past_desc, past_strides = None, None, (0, 0, 0, 0)
+        past, past_desc = None, None
     else:
         past_strides = past.stride()[:4]
         past_desc = heads_descriptor(past, head_size, config.block_n, block_d)

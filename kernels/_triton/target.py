@@ -65,5 +65,5 @@ def _of_device(index: int) -> Target:
     return Target(
         (properties.major, properties.minor),
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
