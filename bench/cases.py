@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.work import Work
 
-Outputs = Tensor | tuple[Tensor, ...]
+Select = Callable[[], AbstractContextManager[Any]]  # enters a backend
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,13 @@ class Case:
     @property
     def differentiable(self) -> bool:
         return "full" in self.work
+
+
+def random_tensor(*shape: int, dtype: torch.dtype, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+    """A tensor on the default device, drawn in float32."""
+    return (torch.randn(shape) * scale + mean).to(dtype)
+
+
+def peers(plain: Callable[..., Any]) -> dict[str, Provider]:
+    """Plain PyTorch, as it is and compiled."""
+    return {"eager": Provider(plain), "compile": Provider(plain, compile_mode="default")}

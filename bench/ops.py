@@ -6,18 +6,27 @@ of ``bench/NOTES.md``.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.attention import append_case, attention_case
-from bench.cases import GPT2, MODELS, Case, Inputs, Model, Provider
+from bench.cases import (
+    GPT2,
+    MODELS,
+    Case,
+    Inputs,
+    Model,
+    Provider,
+    Select,
+    peers,
+    random_tensor,
+)
+from bench.head import choice_case, loss_case
 from bench.work import OURS, Work
 from gpt2fast import kernels
 from gpt2fast.kernels import torch_ops
@@ -68,31 +77,13 @@ TINY = Shapes((1, 5), (5,), (5,), ((1, 5),), ((2, 1, 4),), (2,))
 TINY_MODEL = Model("tiny", 64, 2, vocab=37, positions=16)  # heads of 32: the least that is served
 SMALL_MODEL = Model("small", 128, 2, vocab=517, positions=96)
 
-Select = Callable[[], AbstractContextManager[Any]]
-
-
-def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-    return (torch.randn(shape) * scale + mean).to(dtype)
-
-
-def _ids(limit: int, *shape: int) -> Tensor:
-    return torch.randint(limit, shape)
-
 
 def _affine(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias of a LayerNorm."""
     return (
-        _random(width, dtype=dtype, scale=0.2, mean=1.0),
-        _random(width, dtype=dtype, scale=0.2),
+        random_tensor(width, dtype=dtype, scale=0.2, mean=1.0),
+        random_tensor(width, dtype=dtype, scale=0.2),
     )
-
-
-def _ours(function: Callable[..., Any], select: Select) -> Provider:
-    return Provider(function, select)
-
-
-def _peers(plain: Callable[..., Any]) -> dict[str, Provider]:
-    return {"eager": Provider(plain), "compile": Provider(plain, compile_mode="default")}
 
 
 def _layer_norm(model: Model, rows: int, dtype: torch.dtype, select: Select) -> Case:
@@ -105,7 +96,7 @@ def _layer_norm(model: Model, rows: int, dtype: torch.dtype, select: Select) -> 
         dtype=dtype,
         inputs=lambda: Inputs(
             (
-                _random(rows, width, dtype=dtype, mean=0.5),
+                random_tensor(rows, width, dtype=dtype, mean=0.5),
                 *_affine(width, dtype),
             ),
             (EPS,),
@@ -113,7 +104,7 @@ def _layer_norm(model: Model, rows: int, dtype: torch.dtype, select: Select) -> 
         oracle=oracles.layer_norm,
         tolerance="layer_norm",
         work={"forward": forward, "backward": backward, "full": forward + backward},
-        providers={OURS: _ours(kernels.layer_norm, select), **_peers(torch_ops.layer_norm)},
+        providers={OURS: Provider(kernels.layer_norm, select), **peers(torch_ops.layer_norm)},
     )
 
 
@@ -127,8 +118,8 @@ def _add_layer_norm(model: Model, rows: int, dtype: torch.dtype, select: Select)
         dtype=dtype,
         inputs=lambda: Inputs(
             (
-                _random(rows, width, dtype=dtype),
-                _random(rows, width, dtype=dtype, mean=0.5),
+                random_tensor(rows, width, dtype=dtype),
+                random_tensor(rows, width, dtype=dtype, mean=0.5),
                 *_affine(width, dtype),
             ),
             (EPS,),
@@ -137,8 +128,8 @@ def _add_layer_norm(model: Model, rows: int, dtype: torch.dtype, select: Select)
         tolerance="layer_norm",
         work={"forward": forward, "backward": backward, "full": forward + backward},
         providers={
-            OURS: _ours(kernels.add_layer_norm, select),
-            **_peers(torch_ops.add_layer_norm),
+            OURS: Provider(kernels.add_layer_norm, select),
+            **peers(torch_ops.add_layer_norm),
         },
     )
 
@@ -203,18 +194,18 @@ def _embedding(
         dtype=dtype,
         inputs=lambda: Inputs(
             (
-                _random(model.vocab, width, dtype=dtype),
-                _random(model.positions, width, dtype=dtype),
+                random_tensor(model.vocab, width, dtype=dtype),
+                random_tensor(model.positions, width, dtype=dtype),
                 *(_affine(width, dtype) if norm else ()),
             ),
-            (_ids(model.vocab, batch, length), torch.arange(length)[None]),
+            (torch.randint(model.vocab, (batch, length)), torch.arange(length)[None]),
         ),
         oracle=_with_ids(oracle, norm),
         tolerance="layer_norm" if norm else "embedding",
         work={"forward": forward, "backward": backward, "full": forward + backward},
         providers={
-            OURS: _ours(_with_ids(ours, norm), select),
-            **_peers(_with_ids(plain, norm)),
+            OURS: Provider(_with_ids(ours, norm), select),
+            **peers(_with_ids(plain, norm)),
         },
     )
 
@@ -231,15 +222,15 @@ def _linear(model: Model, rows: int, out_factor: int, dtype: torch.dtype, select
         dtype=dtype,
         inputs=lambda: Inputs(
             (
-                _random(rows, width, dtype=dtype),
-                _random(width, out, dtype=dtype, scale=width**-0.5),
-                _random(out, dtype=dtype, scale=0.2),
+                random_tensor(rows, width, dtype=dtype),
+                random_tensor(width, out, dtype=dtype, scale=width**-0.5),
+                random_tensor(out, dtype=dtype, scale=0.2),
             )
         ),
         oracle=oracles.linear,
         tolerance="linear",
         work={"forward": forward, "backward": backward, "full": forward + backward},
-        providers={OURS: _ours(kernels.linear, select), "eager": Provider(torch_ops.linear)},
+        providers={OURS: Provider(kernels.linear, select), "eager": Provider(torch_ops.linear)},
     )
 
 
@@ -265,104 +256,23 @@ def _gelu_mlp(model: Model, rows: int, dtype: torch.dtype, select: Select) -> Ca
         dtype=dtype,
         inputs=lambda: Inputs(
             (
-                _random(rows, width, dtype=dtype),
-                _random(width, inner, dtype=dtype, scale=width**-0.5),
-                _random(inner, dtype=dtype, scale=0.2),
-                _random(inner, width, dtype=dtype, scale=inner**-0.5),
-                _random(width, dtype=dtype, scale=0.2),
-                _random(rows, width, dtype=dtype),
+                random_tensor(rows, width, dtype=dtype),
+                random_tensor(width, inner, dtype=dtype, scale=width**-0.5),
+                random_tensor(inner, dtype=dtype, scale=0.2),
+                random_tensor(inner, width, dtype=dtype, scale=inner**-0.5),
+                random_tensor(width, dtype=dtype, scale=0.2),
+                random_tensor(rows, width, dtype=dtype),
             )
         ),
         oracle=oracles.gelu_mlp,
         tolerance="gelu_mlp",
         work={"forward": forward, "backward": backward, "full": forward + backward},
         providers={
-            OURS: _ours(kernels.gelu_mlp, select),
-            **_peers(torch_ops.gelu_mlp),
+            OURS: Provider(kernels.gelu_mlp, select),
+            **peers(torch_ops.gelu_mlp),
             "transformers": Provider(_transformers_mlp),
         },
         memory=True,
-    )
-
-
-def _plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
-    return F.cross_entropy((hidden @ weight.t()).float(), labels, reduction=reduction)
-
-
-def _lm_head_loss(
-    model: Model, rows: int, reduction: str, dtype: torch.dtype, select: Select
-) -> Case:
-    width, size, vocab = model.hidden, dtype.itemsize, model.vocab
-    tensors, products = (rows * width + vocab * width) * size, 2 * rows * width * vocab
-    forward = Work(tensors, products)
-    # For the mean the gradients are formed with the loss, so there is no backward pass to time.
-    training = {"full": Work(2 * tensors, 3 * products)} if reduction == "mean" else {}
-
-    def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return kernels.lm_head_loss(hidden, weight, labels, reduction=reduction)
-
-    plain = partial(_plain_loss, reduction=reduction)
-    return Case(
-        op="lm_head_loss",
-        shape=f"{reduction} {rows}x{width}x{vocab}",
-        dtype=dtype,
-        inputs=lambda: Inputs(
-            (
-                _random(rows, width, dtype=dtype),
-                _random(vocab, width, dtype=dtype, scale=4 * width**-0.5),
-            ),
-            (_ids(vocab, rows),),
-        ),
-        oracle=partial(oracles.lm_head_loss, reduction=reduction),
-        tolerance="lm_head_loss",
-        work={"forward": forward, **training},
-        providers={
-            OURS: _ours(ours, select),
-            **_peers(plain),
-            "chunked eager": Provider(ours, partial(kernels.backend, "torch")),
-        },
-        memory=True,
-    )
-
-
-def _plain_topk(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return (hidden @ weight.t()).topk(k)
-
-
-def _plain_argmax(hidden: Tensor, weight: Tensor) -> Tensor:
-    return (hidden @ weight.t()).argmax(-1)
-
-
-def _chosen_logits(inputs: Inputs, outputs: Any) -> tuple[Tensor, ...]:
-    """The exact logits of the chosen ids: of two that are as good as equal either may win."""
-    ids = outputs if isinstance(outputs, Tensor) else outputs[1]
-    hidden, weight = (t.double() for t in inputs.leaves)
-    logits = hidden @ weight.t()
-    chosen = logits.gather(-1, ids.long().view(len(logits), -1))
-    return (chosen,) if isinstance(outputs, Tensor) else (chosen, outputs[0].double())
-
-
-def _lm_head_choice(
-    model: Model, rows: int, k: int | None, dtype: torch.dtype, select: Select
-) -> Case:
-    width, size, vocab = model.hidden, dtype.itemsize, model.vocab
-    ours = kernels.lm_head_argmax if k is None else partial(kernels.lm_head_topk, k=k)
-    plain = _plain_argmax if k is None else partial(_plain_topk, k=k)
-    return Case(
-        op="lm_head_argmax" if k is None else f"lm_head_top{k}",
-        shape=f"{rows}x{width}x{vocab}",
-        dtype=dtype,
-        inputs=lambda: Inputs(
-            (
-                _random(rows, width, dtype=dtype),
-                _random(vocab, width, dtype=dtype, scale=4 * width**-0.5),
-            )
-        ),
-        oracle=plain,
-        tolerance="linear",
-        work={"forward": Work((rows + vocab) * width * size, 2 * rows * width * vocab)},
-        providers={OURS: _ours(ours, select), **_peers(plain)},
-        observe=_chosen_logits,
     )
 
 
@@ -374,17 +284,17 @@ def model_cases(model: Model, shapes: Shapes, dtype: torch.dtype, select: Select
     for batch_, length_, start in shapes.append:
         yield append_case(model, batch_, length_, start, dtype, select)
     for rows in shapes.loss_rows:
-        yield _lm_head_loss(model, rows, "mean", dtype, select)
+        yield loss_case(model, rows, "mean", dtype, select)
     for rows in shapes.rows:
         yield _gelu_mlp(model, rows, dtype, select)
     yield _add_layer_norm(model, batch * length, dtype, select)
     yield _layer_norm(model, batch * length, dtype, select)
     for rows in shapes.decode_rows:
-        yield _lm_head_choice(model, rows, None, dtype, select)
-    yield _lm_head_choice(model, shapes.decode_rows[-1], min(50, model.vocab), dtype, select)
+        yield choice_case(model, rows, None, dtype, select)
+    yield choice_case(model, shapes.decode_rows[-1], min(50, model.vocab), dtype, select)
     yield _embedding(model, batch, length, dtype, True, select)
     yield _embedding(model, batch, length, dtype, False, select)
-    yield _lm_head_loss(model, shapes.loss_rows[-1], "none", dtype, select)
+    yield loss_case(model, shapes.loss_rows[-1], "none", dtype, select)
     for rows in shapes.rows:
         yield _linear(model, rows, 3, dtype, select)
     yield _linear(model, shapes.rows[0], 1, dtype, select)
