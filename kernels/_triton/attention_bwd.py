@@ -259,7 +259,7 @@ def attention_bwd(
 
     block_d = max(16, triton.next_power_of_2(head_size))
     for_dq, for_dkdv = attention_bwd_configs(
-        current_target(qkv.device), qkv.element_size(), block_d, dropout=seed is not None
+        current_target(qkv.device), qkv.element_size(), block_d
     )
     past_strides: tuple[int, ...] = (0, 0, 0, 0)
     if past_length == 0:

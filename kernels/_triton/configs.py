@@ -79,18 +79,18 @@ def attention_fwd_config(
       head size 64 one warpgroup does that in about 200 registers a thread, and two programs
       share a multiprocessor: one computes exponentials while the other multiplies. Wider heads
       need two warpgroups, and so do dropout with a past (``crowded``), and compute capability 8,
-      whose operands pass through registers.
+      whose operands pass through registers; with wide heads it spills larger tiles.
     """
     if element_size == 4:
         return AttentionConfig(32, 32 if block_d <= 64 else 16, warps=8, stages=2)
-    if queries <= 64:
-        return AttentionConfig(64, 64, warps=4 if block_d <= 64 and not crowded else 8, stages=2)
     narrow = block_d <= 64 and target.has_tma and not crowded
+    if queries <= 64 or (block_d > 64 and not target.has_tma):
+        return AttentionConfig(64, 64, warps=4 if narrow else 8, stages=2)
     return AttentionConfig(128, 64, warps=4 if narrow else 8, stages=3)
 
 
 def attention_bwd_configs(
-    target: Target, element_size: int, block_d: int, dropout: bool
+    target: Target, element_size: int, block_d: int
 ) -> tuple[AttentionConfig, AttentionConfig]:
     """For the tiles of queries (dQ), and for those of keys (dK and dV). Predicted.
 
@@ -98,14 +98,17 @@ def attention_bwd_configs(
     - dQ holds one accumulator and two tiles of scores: 128 queries in two warpgroups.
     - dK and dV are two accumulators: 128 keys at head size 64 in two warpgroups, in about 210
       registers a thread; 64 where heads are wider.
-    - Compute capability 8, whose operands pass through registers, spills these tiles with wide
-      heads or dropout.
+    - Compute capability 8 spills these tiles with dropout, wide heads or a mask of keys, and 10
+      with wide heads or a past (eight warps get 128 registers a thread there).
     """
     if element_size == 4:
         small = AttentionConfig(32, 32 if block_d <= 64 else 16, warps=8, stages=2)
         return small, small
-    if not target.has_tma and (dropout or block_d > 64):
+    if not target.has_tma:
         small = AttentionConfig(64, 32, warps=8, stages=2)
+        return small, small
+    if target.capability >= (10, 0):
+        small = AttentionConfig(64, 64, warps=4, stages=2)
         return small, small
     for_dq = AttentionConfig(128, 64, warps=8, stages=2)
     return for_dq, AttentionConfig(64, 128 if block_d <= 64 else 64, warps=8, stages=2)
