@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import Case, Inputs
-from bench.gate import Gate, WrongAnswer
-from bench.ops import op_cases
-from bench.runner import Contender
+from bench.suite.cases import Case, Inputs
+from bench.suite.gate import Gate, WrongAnswer
+from bench.suite.ops import op_cases
+from bench.suite.runner import Contender
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

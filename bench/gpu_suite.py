@@ -26,9 +26,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # instead of this folder, whose names are not meant for the top level
 
-from bench import report  # noqa: E402
-from bench.environment import commit, environment, gpu_state, now  # noqa: E402
-from bench.parts import PARTS, Suite  # noqa: E402
+from bench.suite import report  # noqa: E402
+from bench.suite.environment import commit, environment, gpu_state, now  # noqa: E402
+from bench.suite.parts import PARTS, Suite  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -38,7 +38,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=list(PARTS), metavar="PART[:TEXT]")
     parser.add_argument("--budget-seconds", type=float, default=520.0)
     parser.add_argument("--out", type=Path, help="the record; default: by device, in bench/results")
-    parser.add_argument("--table", default="bench.ops:op_cases", help="module:function, the cases")
+    parser.add_argument(
+        "--table", default="bench.suite.ops:op_cases", help="module:function, the cases"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on a CPU")
     options = parser.parse_args()
     options.only = dict(item.partition(":")[::2] for item in options.only)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs, Provider
-from bench.work import Work
+from bench.suite.cases import Case, Inputs, Provider
+from bench.suite.work import Work
 
 
 def _double(x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from bench import floors
-from bench.work import Work
+from bench.suite import floors
+from bench.suite.work import Work
 
 NOTES = (Path(__file__).resolve().parents[2] / "bench" / "NOTES.md").read_text(encoding="utf-8")
 

@@ -146,7 +146,7 @@ def test_dry_run_stays_out_of_the_results() -> None:
 
 
 def test_failing_test_fails_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import parts, processes
+    from bench.suite import parts, processes
 
     tests = tmp_path / "test_planted.py"
     tests.write_text(
@@ -165,7 +165,7 @@ def test_failing_test_fails_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(parts, "_tests_with", lambda text: [])
     record: dict[str, Any] = {"parts": {}, "failures": []}
     options = argparse.Namespace(
-        only={"parity": ""}, dry_run=True, budget_seconds=200.0, table="bench.ops:op_cases"
+        only={"parity": ""}, dry_run=True, budget_seconds=200.0, table="bench.suite.ops:op_cases"
     )
     suite = parts.Suite(record, lambda: None, tmp_path / "log", options, time.time() + 200)
     suite.run()
@@ -208,7 +208,7 @@ CLEAN_RACECHECK = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0
     ],
 )
 def test_reports_of_the_checkers(tmp_path: Path, tool: str, report: str, expected: str) -> None:
-    from bench.parts import Suite
+    from bench.suite.parts import Suite
 
     record: dict[str, Any] = {"parts": {}, "failures": []}
     suite = Suite(record, lambda: None, tmp_path / "log", argparse.Namespace(dry_run=False), 0.0)
@@ -218,7 +218,7 @@ def test_reports_of_the_checkers(tmp_path: Path, tool: str, report: str, expecte
 
 
 def test_summary_has_a_length() -> None:
-    from bench.report import summary
+    from bench.suite.report import summary
 
     quantiles = {"p20": 1e-6, "p50": 1e-6, "p80": 1e-6, "samples": 3}
     ours = {"device": quantiles, "host": quantiles, "device_source": "graph"}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.attention import append_case, attention_case
-from bench.cases import (
+from bench.suite.attention import append_case, attention_case
+from bench.suite.cases import (
     GPT2,
     MODELS,
     Case,
@@ -26,8 +26,8 @@ from bench.cases import (
     peers,
     random_tensor,
 )
-from bench.head import choice_case, loss_case
-from bench.work import OURS, Work
+from bench.suite.head import choice_case, loss_case
+from bench.suite.work import OURS, Work
 from gpt2fast import kernels
 from gpt2fast.kernels import torch_ops
 from tests.kernels import oracles

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import Call, Clock, captured, quantiles
+from bench.suite.measure import Call, Clock, captured, quantiles
 
 # Sizes on a GPU and in a dry run. The buffers are many times any L2 cache.
 COPY_BYTES = (2 << 30, 1 << 12)
@@ -55,7 +55,7 @@ def measure_limits(
             torch.backends.cuda.matmul.allow_tf32 = False
 
     say("launches", 60)
-    from bench.probes import launch_empty
+    from bench.suite.probes import launch_empty
 
     empty = torch.empty(1, device=device)
 

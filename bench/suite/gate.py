@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs
+from bench.suite.cases import Case, Inputs
 from tests.tolerances import BUDGET, assert_close, relative_error
 
 _FULL_PRECISION = (torch.float32, torch.float64)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from bench.environment import ROOT
+from bench.suite.environment import ROOT
 
 
 class Failed(Exception):

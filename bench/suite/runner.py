@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 
-from bench.cases import Case, Inputs, Provider
-from bench.gate import Gate, WrongAnswer, gradients, poisoned_memory, with_gradients
-from bench.measure import Call, Clock, captured, paired_ratios, peak_bytes, quantiles, synchronises
-from bench.work import AGAIN, OURS
+from bench.suite.cases import Case, Inputs, Provider
+from bench.suite.gate import Gate, WrongAnswer, gradients, poisoned_memory, with_gradients
+from bench.suite.measure import (
+    Call,
+    Clock,
+    captured,
+    paired_ratios,
+    peak_bytes,
+    quantiles,
+    synchronises,
+)
+from bench.suite.work import AGAIN, OURS
 
 # How long, in seconds, a provider may be silent while it gets ready.
 SILENCE = 60.0

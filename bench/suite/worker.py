@@ -1,6 +1,6 @@
 """One part of the suite in a process of its own, which may crash or hang without harm to the rest.
 
-    python -m bench.worker '{"part": "ops", "table": "bench.ops:op_cases", "dry_run": true, ...}'
+    python -m bench.suite.worker '{"part": "ops", "table": "module:function", "dry_run": true, ...}'
 
 It reports on what was its standard output, a JSON object a line: ``{"phase": ..., "seconds": ...}``
 before anything that may take long, ``{"cases": [names]}`` and ``{"case": {...}}`` for the ops,
@@ -17,13 +17,13 @@ from typing import Any, TextIO
 
 import torch
 
-from bench import dry_run
-from bench.cases import Case
-from bench.gate import gradients, with_gradients
-from bench.limits import measure_limits
-from bench.measure import Clock
-from bench.runner import SILENCE, NotCaptured, measure_case
-from bench.work import OURS
+from bench.suite import dry_run
+from bench.suite.cases import Case
+from bench.suite.gate import gradients, with_gradients
+from bench.suite.limits import measure_limits
+from bench.suite.measure import Clock
+from bench.suite.runner import SILENCE, NotCaptured, measure_case
+from bench.suite.work import OURS
 
 _DRY = {"seconds": 0.0, "least": 1, "most": 1}
 
@@ -112,7 +112,7 @@ class _Worker:
             exercised.append(case.name)
         self.tell(exercised=exercised)
         if self._job["plant"]:
-            from bench.probes import write_at
+            from bench.suite.probes import write_at
 
             # Last: after it the device may serve this process no more.
             write_at(torch.zeros(1024, device=self._device), 0 if self._dry_run else 1024)

@@ -1,6 +1,6 @@
 """A pytest plugin: every test's outcome, a line of JSON each, written as soon as it is known.
 
-    GPT2FAST_OUTCOMES=FILE pytest -p bench.outcomes
+    GPT2FAST_OUTCOMES=FILE pytest -p bench.suite.outcomes
 
 Unlike a report at the end it survives the end of a time limit.
 """

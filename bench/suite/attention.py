@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from bench.cases import Case, Inputs, Model, Provider
-from bench.work import OURS, Work
+from bench.suite.cases import Case, Inputs, Model, Provider
+from bench.suite.work import OURS, Work
 from gpt2fast import kernels
 from gpt2fast.kernels import torch_ops
 from tests.kernels import oracles

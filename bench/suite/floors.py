@@ -1,6 +1,6 @@
 """The floor of every op, from the work that the table declares and two assumed rates.
 
-    python -m bench.floors
+    python -m bench.suite.floors
 
 Prints the tables of ``bench/NOTES.md``. The rates are assumptions to plan with: a run of the suite
 measures the device's own, and its record states shares of those.
@@ -10,9 +10,9 @@ from contextlib import nullcontext
 
 import torch
 
-from bench.cases import GPT2, MODELS
-from bench.ops import BRIEF, FULL, model_cases
-from bench.work import Work
+from bench.suite.cases import GPT2, MODELS
+from bench.suite.ops import BRIEF, FULL, model_cases
+from bench.suite.work import Work
 
 BYTES_PER_SECOND = 4.3e12
 FLOPS_PER_SECOND = 790e12  # bfloat16 matrix products

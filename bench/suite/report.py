@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.work import AGAIN, OURS, Work
+from bench.suite.work import AGAIN, OURS, Work
 
 # The end of a long output is what is sure to be seen, so the closing table has a length.
 MOST_CHARACTERS = 10_500

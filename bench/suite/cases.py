@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.work import Work
+from bench.suite.work import Work
 
 Select = Callable[[], AbstractContextManager[Any]]  # enters a backend
 

@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from bench.environment import ROOT
+from bench.suite.environment import ROOT
 
 TOOLS = ("memcheck", "racecheck")
 PLANTED = "_planted_write_kernel"

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import report, sanitizer
-from bench.environment import ROOT
-from bench.processes import Failed, Process, TimedOut, tail
+from bench.suite import report, sanitizer
+from bench.suite.environment import ROOT
+from bench.suite.processes import Failed, Process, TimedOut, tail
 
 PARTS = ("parity", "sanitize", "limits", "ops")
 # What of the whole budget a part may take at most, so that the next have their share.
@@ -133,7 +133,7 @@ class Suite:
         """Add the outcomes to ``tests``, those too that were known when time was up."""
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
         command += ["-c", "pyproject.toml", "--rootdir", "."]
-        command += ["-p", "bench.outcomes", "--continue-on-collection-errors"]
+        command += ["-p", "bench.suite.outcomes", "--continue-on-collection-errors"]
         if importlib.util.find_spec("xdist") and not self._options.dry_run and processes > 1:
             command += ["-n", str(processes)]
         if importlib.util.find_spec("pytest_timeout"):
@@ -229,7 +229,7 @@ class Suite:
     def _worker(self, job: dict[str, Any], before: list[str], variables: dict[str, str]) -> Process:
         options = self._options
         job = {**job, "table": options.table, "dry_run": options.dry_run}
-        command = [*before, sys.executable, "-m", "bench.worker", json.dumps(job)]
+        command = [*before, sys.executable, "-m", "bench.suite.worker", json.dumps(job)]
         return Process(command, self._log, {**self._variables, **variables}, messages=True)
 
     def _limits(self, part: dict[str, Any], end: float, only: str) -> None:

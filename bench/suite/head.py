@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case, Inputs, Model, Provider, Select, peers, random_tensor
-from bench.work import OURS, Work
+from bench.suite.cases import Case, Inputs, Model, Provider, Select, peers, random_tensor
+from bench.suite.work import OURS, Work
 from gpt2fast import kernels
 from tests.kernels import oracles
 
