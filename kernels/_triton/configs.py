@@ -84,6 +84,8 @@ def attention_fwd_config(
     if element_size == 4:
         return AttentionConfig(32, 32 if block_d <= 64 else 16, warps=8, stages=2)
     narrow = block_d <= 64 and target.has_tma and not crowded
+    if queries <= 64 and block_d <= 64 and not target.has_tma:
+        return AttentionConfig(64, 32, warps=4, stages=2)
     if queries <= 64 or (block_d > 64 and not target.has_tma):
         return AttentionConfig(64, 64, warps=4 if narrow else 8, stages=2)
     return AttentionConfig(128, 64, warps=4 if narrow else 8, stages=3)
