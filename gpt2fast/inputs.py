@@ -12,6 +12,7 @@ from torch import Tensor
 from gpt2fast import kernels
 from gpt2fast.cache import KVCache, is_foreign
 from gpt2fast.config import GPT2Config
+from gpt2fast.kernels.backend import readable
 
 
 @dataclass
@@ -43,11 +44,12 @@ class ModelInputs:
 def check_range(name: str, values: Tensor, limit: int) -> None:
     """Raise a ValueError unless all of ``values`` are integers in ``[0, limit)``.
 
-    Waits for the device; skipped under ``torch.compile`` and on the meta device.
+    Waits for the device; skipped under ``torch.compile``, in the capture of a CUDA graph, and on
+    the meta device.
     """
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name} must be integers; got {values.dtype}")
-    if torch.compiler.is_compiling() or values.device.type == "meta" or not values.numel():
+    if not values.numel() or not readable(values):
         return
     low, high = torch.stack(torch.aminmax(values)).tolist()  # one wait, not two
     if low < 0 or high >= limit:
@@ -111,8 +113,7 @@ def prepare_inputs(
         position_ids, key_mask, batch, length, past_length, config.n_positions, device
     )
     if key_mask is not None:
-        readable = not (torch.compiler.is_compiling() or key_mask.is_meta)
-        everything = readable and bool(key_mask.all())
+        everything = readable(key_mask) and bool(key_mask.all())
         mask = None if everything else kernels.prepare_mask(key_mask, length, device)
     return ModelInputs(
         input_ids,
@@ -186,7 +187,7 @@ def _positions(
         check_range("position_ids", position_ids, limit)
         return position_ids.reshape(-1, length).to(device, torch.long)
     needed = past_length + length
-    if needed > limit and key_mask is not None and not torch.compiler.is_compiling():
+    if needed > limit and key_mask is not None and readable(key_mask):
         needed = int(key_mask.sum(-1).max())  # padding takes up no position
     if needed > limit:
         raise ValueError(

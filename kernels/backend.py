@@ -96,6 +96,13 @@ def serves(device: torch.device) -> bool:
     return False
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether the host may look at the values now: not while tracing or capturing a CUDA graph."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 @functools.cache
 def unavailable(kind: str, index: int | None) -> str | None:
     """Why the kernels cannot run on a device, or None where they can."""

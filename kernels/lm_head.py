@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2fast.kernels.backend import readable
 from gpt2fast.kernels.registry import register_kernel, register_op
 
 # Logits of one chunk, in elements. The chunk should stay in the last-level cache while softmax and
@@ -205,7 +206,7 @@ class _LMHeadLoss(torch.autograd.Function):
         triton: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         per_token = reduction == "none"
-        losses, *grads = (_losses_triton if triton else _losses_torch)(
+        losses, dhidden, dweight = (_losses_triton if triton else _losses_torch)(
             hidden.to(compute_dtype),
             weight.to(compute_dtype),
             labels,
@@ -218,7 +219,7 @@ class _LMHeadLoss(torch.autograd.Function):
         loss = losses.sum()
         if reduction == "mean":
             loss = loss / (labels != ignore_index).sum()
-        return loss, *grads
+        return loss, dhidden, dweight
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -340,7 +341,7 @@ def lm_head_loss(
         raise ValueError(f"labels must be integers; got {labels.dtype}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {_REDUCTIONS}; got {reduction!r}")
-    if not torch.compiler.is_compiling() and labels.device.type != "meta":
+    if readable(labels):
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= weight.shape[0]))
         if wrong.any():
             raise ValueError(
