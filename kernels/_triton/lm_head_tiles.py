@@ -27,7 +27,6 @@ _LEAST_KEY = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 @triton.jit
 def _sort_keys(logits, indices):
     """int64 keys that sort as (logit, then lower index first); NaN counts as the largest logit."""
-    logits = tl.where(logits == 0.0, 0.0, logits)  # one zero: -0 is not less than 0
     bits = logits.to(tl.int32, bitcast=True)
     bits = tl.where(logits != logits, _NAN_BITS, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return (bits.to(tl.int64) << 32) | (indices ^ _LARGEST_INDEX).to(tl.int64)

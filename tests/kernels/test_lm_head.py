@@ -6,22 +6,28 @@ from torch import Tensor
 
 import gpt2fast.kernels.lm_head as lm_head
 from gpt2fast import kernels
+from gpt2fast.kernels._triton import configs
 from tests.kernels import oracles
-from tests.kernels.devices import backends, backends_and_dtypes
+from tests.kernels.devices import (
+    DEVICE,
+    TRITON_DTYPES,
+    backends,
+    backends_and_dtypes,
+)
 from tests.kernels.oracles import compare
 from tests.tolerances import assert_close
 
 REDUCTIONS = ["mean", "sum", "none"]
 
 
-def _inputs(
+def loss_inputs(
     rows: int, width: int, vocab: int, dtype: torch.dtype = torch.float32
 ) -> tuple[list[Tensor], Tensor]:
     tensors = [torch.randn(rows, width).to(dtype), (torch.randn(vocab, width) / 2).to(dtype)]
     return tensors, torch.randint(vocab, (rows,))
 
 
-def _compare(
+def compare_losses(
     tensors: list[Tensor], labels: Tensor, reduction: str, ignore_index: int = -100
 ) -> None:
     options = {"reduction": reduction, "ignore_index": ignore_index}
@@ -39,37 +45,42 @@ def _compare(
 def test_loss(
     shape: tuple[int, int, int], reduction: str, backend: str, dtype: torch.dtype
 ) -> None:
-    tensors, labels = _inputs(*shape, dtype)
-    _compare(tensors, labels, reduction)
+    tensors, labels = loss_inputs(*shape, dtype)
+    compare_losses(tensors, labels, reduction)
 
 
 @backends_and_dtypes
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3])
 def test_ignored_rows(ignore_index: int, reduction: str, backend: str, dtype: torch.dtype) -> None:
-    tensors, labels = _inputs(19, 16, 50, dtype)
+    tensors, labels = loss_inputs(19, 16, 50, dtype)
     labels[labels == 3] = 4
     labels[[0, 3, 4, 18]] = ignore_index
-    _compare(tensors, labels, reduction, ignore_index)
+    compare_losses(tensors, labels, reduction, ignore_index)
     if reduction == "none":
         losses = kernels.lm_head_loss(*tensors, labels, ignore_index=ignore_index, reduction="none")
         assert (losses[[0, 3, 4, 18]] == 0).all()
         assert (losses[5:18] > 0).all()
 
 
+@backends
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 33, 50])
-def test_chunk_boundaries(rows: int, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_boundaries(
+    rows: int, reduction: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lm_head, "_CHUNK_ELEMENTS", 1)  # the smallest chunk: 16 rows
-    tensors, labels = _inputs(rows, 8, 40)
+    monkeypatch.setattr(configs, "LM_HEAD_CHUNK_BYTES", 1)
+    monkeypatch.setattr(configs, "LM_HEAD_CHUNK_TILE", 16)
+    tensors, labels = loss_inputs(rows, 8, 40)
     labels[rows // 2] = -100 if rows > 1 else 0
     assert len(lm_head.row_chunks(rows, 40)) == -(-rows // 16)
-    _compare(tensors, labels, reduction)
+    compare_losses(tensors, labels, reduction)
 
 
 @backends
 def test_the_default_reduction_is_the_mean_with_ignore_index_minus_100(backend: str) -> None:
-    (hidden, weight), labels = _inputs(5, 8, 11)
+    (hidden, weight), labels = loss_inputs(5, 8, 11)
     labels[2] = -100
     explicit = kernels.lm_head_loss(hidden, weight, labels, ignore_index=-100, reduction="mean")
     assert torch.equal(kernels.lm_head_loss(hidden, weight, labels), explicit)
@@ -80,7 +91,7 @@ def test_the_default_reduction_is_the_mean_with_ignore_index_minus_100(backend: 
 @pytest.mark.parametrize("rows", [3, 0])
 def test_nothing_kept(rows: int, reduction: str, value: float, backend: str) -> None:
     """As PyTorch's cross_entropy: the mean of nothing is NaN, its gradients are zero."""
-    (hidden, weight), labels = _inputs(rows, 8, 11)
+    (hidden, weight), labels = loss_inputs(rows, 8, 11)
     hidden.requires_grad_()
     weight.requires_grad_()
     loss = kernels.lm_head_loss(hidden, weight, torch.full_like(labels, -100), reduction=reduction)
@@ -94,7 +105,7 @@ def test_nothing_kept(rows: int, reduction: str, value: float, backend: str) -> 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_only_the_wanted_gradients(reduction: str, frozen: str, backend: str) -> None:
-    (hidden, weight), labels = _inputs(6, 8, 11)
+    (hidden, weight), labels = loss_inputs(6, 8, 11)
     hidden.requires_grad_(frozen == "weight")
     weight.requires_grad_(frozen == "hidden")
     loss = kernels.lm_head_loss(hidden, weight, labels, reduction=reduction)
@@ -126,7 +137,7 @@ def test_extreme_logits(reduction: str, backend: str) -> None:
     """Logits of +-1e4, where a naive exp overflows: rows that are wrong by far, and sure."""
     hidden = torch.tensor([[100.0], [-100.0], [100.0]])
     weight = torch.tensor([[100.0], [0.0], [-100.0]])
-    _compare([hidden, weight], torch.tensor([0, 0, 1]), reduction)
+    compare_losses([hidden, weight], torch.tensor([0, 0, 1]), reduction)
 
 
 def test_a_gradient_scaler_saves_float16_from_underflow() -> None:
@@ -141,13 +152,19 @@ def test_a_gradient_scaler_saves_float16_from_underflow() -> None:
     assert (leaf.grad.double() - truth).abs().max() / truth.abs().max() < 0.01
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.bfloat16), *(("triton", dtype) for dtype in TRITON_DTYPES[1:])],
+    indirect=["backend"],
+    ids=str,
+)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_autocast(reduction: str) -> None:
-    """float32 inputs under autocast: products in bfloat16, the loss and its gradients float32."""
-    (hidden, weight), labels = _inputs(9, 16, 50)
+def test_autocast(reduction: str, backend: str, dtype: torch.dtype) -> None:
+    """float32 inputs under autocast: products in 16 bits, the loss and its gradients float32."""
+    (hidden, weight), labels = loss_inputs(9, 16, 50)
     hidden.requires_grad_()
     weight.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, dtype):
         loss = kernels.lm_head_loss(hidden, weight, labels, reduction=reduction)
         reference = [t.detach().requires_grad_() for t in (hidden, weight)]
         plain = oracles.lm_head_loss(*reference, labels, reduction=reduction)
@@ -162,7 +179,7 @@ def test_autocast(reduction: str) -> None:
     def error(value: Tensor, truth: Tensor) -> float:
         return float((value.double() - truth).abs().max() / truth.abs().max())
 
-    eps = torch.finfo(torch.bfloat16).eps / 2
+    eps = torch.finfo(dtype).eps / 2
     oracle = oracle.detach()
     assert error(loss.detach(), oracle) <= 2 * error(plain.detach(), oracle) + eps
     for ours, same, truth in zip((hidden, weight), reference, exact, strict=True):
@@ -174,7 +191,7 @@ def test_autocast(reduction: str) -> None:
 @backends
 def test_backward_twice_and_scaled(backend: str) -> None:
     """The gradients formed in the forward pass are scaled, never written to."""
-    (hidden, weight), labels = _inputs(6, 8, 11)
+    (hidden, weight), labels = loss_inputs(6, 8, 11)
     hidden.requires_grad_()
     weight.requires_grad_()
     loss = kernels.lm_head_loss(hidden, weight, labels)
@@ -188,7 +205,7 @@ def test_backward_twice_and_scaled(backend: str) -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradcheck(reduction: str) -> None:
-    (hidden, weight), labels = _inputs(5, 3, 4)
+    (hidden, weight), labels = loss_inputs(5, 3, 4)
     labels[1] = -100
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     # The loss is computed in float32: coarse steps, and a tolerance to match.
@@ -205,7 +222,7 @@ def test_gradcheck(reduction: str) -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_second_derivative_is_refused(reduction: str, backend: str) -> None:
     """Silently missing terms would be worse: autograd itself would not notice."""
-    (hidden, weight), labels = _inputs(5, 3, 4)
+    (hidden, weight), labels = loss_inputs(5, 3, 4)
     hidden.requires_grad_()
     loss = kernels.lm_head_loss(hidden, weight, labels, reduction=reduction).sum()
     with pytest.raises(
@@ -219,18 +236,49 @@ def test_inputs_are_not_changed_and_may_be_strided(backend: str) -> None:
     hidden, weight = torch.randn(8, 6).t(), torch.randn(11, 16)[:, ::2]
     labels = torch.randint(11, (12,))[::2]
     before = hidden.clone(), weight.clone(), labels.clone()
-    _compare([hidden, weight], labels, "mean")
+    compare_losses([hidden, weight], labels, "mean")
     for now, then in zip((hidden, weight, labels), before, strict=True):
         assert torch.equal(now, then)
 
 
 @backends
 def test_int32_labels(backend: str) -> None:
-    (hidden, weight), labels = _inputs(5, 8, 11)
+    (hidden, weight), labels = loss_inputs(5, 8, 11)
     assert torch.equal(
         kernels.lm_head_loss(hidden, weight, labels.int()),
         kernels.lm_head_loss(hidden, weight, labels),
     )
+
+
+@backends_and_dtypes
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_without_gradients(reduction: str, backend: str, dtype: torch.dtype) -> None:
+    """As in scoring: under no_grad, although the parameters could have gradients."""
+    tensors, labels = loss_inputs(35, 24, 300, dtype)
+    labels[[0, 7, 34]] = -100
+    plain = oracles.lm_head_loss(*tensors, labels, reduction=reduction)
+    truth = oracles.lm_head_loss(*(t.double() for t in tensors), labels, reduction=reduction)
+    tensors = [t.requires_grad_() for t in tensors]
+    with torch.no_grad():
+        losses = kernels.lm_head_loss(*tensors, labels, reduction=reduction)
+    assert losses.dtype == torch.float32
+    assert_close("lm_head_loss", "forward", losses, truth, plain, dtype)
+
+
+@backends
+def test_nan_is_passed_on(backend: str) -> None:
+    """A row of NaN gives NaN, and spoils no other row."""
+    (hidden, weight), labels = loss_inputs(20, 8, 11, torch.float16)
+    hidden[3] = float("nan")
+    expected = torch.arange(20) == 3
+    for needed in (False, True):
+        leaf = hidden.clone().requires_grad_(needed)
+        losses = kernels.lm_head_loss(leaf, weight, labels, reduction="none")
+        assert torch.equal(losses.isnan(), expected)
+        if needed:
+            losses.sum().backward()
+            assert leaf.grad is not None
+            assert torch.equal(leaf.grad.isnan().any(1), expected)
 
 
 @pytest.mark.parametrize(
@@ -246,14 +294,14 @@ def test_int32_labels(backend: str) -> None:
     ],
 )
 def test_wrong_labels(labels: list[int], message: str) -> None:
-    (hidden, weight), _ = _inputs(2, 8, 11)
+    (hidden, weight), _ = loss_inputs(2, 8, 11)
     with pytest.raises(ValueError) as error:  # noqa: PT011
         kernels.lm_head_loss(hidden, weight, torch.tensor(labels))
     assert str(error.value) == message
 
 
 def test_wrong_shapes_and_reduction() -> None:
-    (hidden, weight), labels = _inputs(2, 8, 11)
+    (hidden, weight), labels = loss_inputs(2, 8, 11)
     with pytest.raises(ValueError, match=r"^expected hidden \[N, C\] and weight \[V, C\]; got "):
         kernels.lm_head_loss(hidden, weight.t(), labels)
     with pytest.raises(ValueError, match=r"got \[1, 2, 8\] and \[11, 8\]$"):
