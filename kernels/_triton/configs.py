@@ -230,12 +230,13 @@ class LMHeadTile:
     tma: bool
 
 
-# All predicted; none has run on a GPU. Up to 64 rows the weight's bytes set the time: 393 tiles of
-# 128 columns are all resident at once, three a multiprocessor, each with three copies of 16 KB on
-# the way; pointers, because to encode descriptors takes the host longer than a launch. Beyond, the
-# tensor cores do.
+# All predicted; none has run on a GPU. Up to 64 rows the weight's bytes set the time: of up to 16,
+# the 393 tiles of 128 columns are all resident at once, three a multiprocessor, each with three
+# copies of 16 KB on the way; pointers, because to encode descriptors takes the host longer than a
+# launch. 64 rows take 8 warps, as 4 spill on Blackwell, and so two programs. Beyond, the tensor
+# cores set the time.
 _LM_HEAD_DECODE = LMHeadTile(16, 128, 128, warps=4, stages=4, programs=3, tma=False)
-_LM_HEAD_FEW_ROWS = LMHeadTile(64, 128, 128, warps=4, stages=3, programs=3, tma=False)
+_LM_HEAD_FEW_ROWS = LMHeadTile(64, 128, 128, warps=8, stages=3, programs=2, tma=False)
 # 85 operations a byte read from L2, the most that one program's registers allow, on Hopper only.
 _LM_HEAD_LOSS = LMHeadTile(128, 256, 128, warps=8, stages=3, programs=1, tma=True)
 # Half as wide: sort keys take two registers each beside the logits, and on Blackwell the

@@ -40,6 +40,7 @@ def test_every_tile(
 def test_losses_over_many_tiles_and_a_wide_row(backend: str) -> None:
     """More than are combined at a time: 32 of 128 columns of the vocabulary, 128 of the width."""
     (hidden, weight), labels = loss_inputs(3, 129, 4200, torch.float16)
+    weight[4096:] *= 2  # the largest logits come last
     losses = torch.ops.gpt2fast.lm_head_loss_fwd(hidden, weight, labels, -100)
     truth = hidden.double() @ weight.double().t()
     truth = torch.nn.functional.cross_entropy(truth, labels, reduction="none")
@@ -79,6 +80,24 @@ def test_padding_is_never_read(backend: str, dtype: torch.dtype) -> None:
         losses = kernels.lm_head_loss(hidden, weight, labels, reduction="none")
     truth = oracles.lm_head_loss(hidden.double(), weight.double(), labels, reduction="none")
     assert_close("lm_head_loss", "forward", losses, truth, losses, dtype)
+
+
+@triton_only
+def test_padding_becomes_zero(backend: str) -> None:
+    """Whatever a matrix product reads at the end of a row, it is not NaN."""
+    from gpt2fast.kernels._triton.lm_head import _cross_entropy_kernel
+
+    logits, losses = torch.randn(2, 128), torch.empty(2)
+    logits[:, 70:] = float("nan")
+    labels = torch.tensor([3, -1])
+    expected = logits[0, :70].softmax(0) - torch.nn.functional.one_hot(labels[0], 70)
+    _cross_entropy_kernel[(2,)](
+        logits, labels, losses, -1, 70, 128, WRITE_GRADIENT=True, BLOCK_V=64, num_warps=4
+    )
+    torch.testing.assert_close(logits[0, :70], expected)
+    assert (logits[0, 70:] == 0).all()
+    assert (logits[1] == 0).all()
+    assert losses[1] == 0
 
 
 @triton_only
