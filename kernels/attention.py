@@ -118,7 +118,10 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def _contiguous_rows(tensor: Any) -> Any:
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+    if tensor is None or tensor.stride(-1) == 1:
+        return tensor
+    # Not contiguous(): to that a single column is contiguous whatever its stride.
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _causal_attention_triton(
@@ -171,6 +174,19 @@ _causal_attention = register_op(
 )
 
 
+def checked_scale(scale: float | None, qkv: Tensor, num_heads: int) -> float:
+    """The factor of the scores, ``1 / sqrt(D)`` unless it is given.
+
+    Raises:
+        ValueError: it is not positive: the kernels scale the largest score, PyTorch's give NaN.
+    """
+    if scale is None:
+        scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
+    if not scale > 0:
+        raise ValueError(f"scale must be positive; got {scale}")
+    return scale
+
+
 def check_inputs(
     qkv: Tensor, num_heads: int, past: Tensor | None, start: int, mask: Tensor | None
 ) -> None:
@@ -220,7 +236,9 @@ def prepare_mask(key_mask: Tensor | None, query_length: int, device: torch.devic
     """
     if key_mask is None:
         return None
-    if serves(device):
+    # While tracing, which device checks would interrupt, the short form: the compiler shares what
+    # PyTorch's layers each make of it.
+    if torch.compiler.is_compiling() or serves(device):
         return key_mask.to(device)
     return torch_ops.expand_key_mask(key_mask.to(device), query_length)
 
@@ -272,10 +290,7 @@ def causal_attention(
             raise ValueError(f"{name} and a complete 4-D mask exclude each other; got both")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1; got {dropout_p}")
-    if scale is None:
-        scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
-    if not scale > 0:  # the kernels scale the largest score, and PyTorch's give NaN
-        raise ValueError(f"scale must be positive; got {scale}")
+    scale = checked_scale(scale, qkv, num_heads)
     return _causal_attention(
         qkv, num_heads, past_kv, mask, first_keys, lengths, scale, dropout_p, upcast
     )
@@ -306,8 +321,7 @@ def weighted_attention(
     """
     start = 0 if past_kv is None else past_kv.shape[3]
     check_inputs(qkv, num_heads, past_kv, start, mask)
-    if scale is None:
-        scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
+    scale = checked_scale(scale, qkv, num_heads)
     q, _ = torch_ops.split_heads(qkv, num_heads)
     kv = packed_kv(qkv, num_heads, past_kv)
     return torch_ops.weighted_attention(q, kv, mask, scale, dropout_p, head_mask, upcast)

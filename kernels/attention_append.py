@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from gpt2fast.kernels import torch_ops
-from gpt2fast.kernels.attention import check_inputs
+from gpt2fast.kernels.attention import check_inputs, checked_scale
 from gpt2fast.kernels.backend import DTYPES
 from gpt2fast.kernels.registry import autocast_inputs, register_kernel, register_op
 
@@ -86,7 +86,6 @@ def _attention_append_triton(
         or head_size > _MAX_HEAD_SIZE
         or kv_cache.stride(4) != 1
         or not aligned(kv_cache)
-        or scale <= 0
     ):
         return NotImplemented
     if qkv.stride(2) != 1 or not aligned(qkv):
@@ -159,8 +158,7 @@ def attention_append(
     starts = start if isinstance(start, Tensor) else None
     first = 0 if isinstance(start, Tensor) else start
     _check(qkv, kv_cache, first, starts, num_heads, mask, first_keys, source_rows)
-    if scale is None:
-        scale = (qkv.shape[2] // (3 * num_heads)) ** -0.5
+    scale = checked_scale(scale, qkv, num_heads)
     return _attention_append(
         qkv, kv_cache, first, starts, num_heads, mask, first_keys, source_rows, scale, upcast
     )

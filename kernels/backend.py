@@ -13,6 +13,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 CHOICES = ("auto", "torch", "triton")
 MINIMUM_CAPABILITY = (8, 0)  # asynchronous copies and bfloat16 matrix instructions
@@ -43,8 +44,8 @@ class backend:
             or "auto": the kernels where they can run, PyTorch elsewhere.
 
     Takes effect at once and for all threads. Keep the selection from a forward pass to its backward
-    pass where activations are recomputed; a graph that ``torch.compile`` has traced keeps the one
-    it was traced with.
+    pass where activations are recomputed. What ``torch.compile`` has compiled under another
+    selection is compiled again.
 
     Raises:
         ValueError: another name.
@@ -71,20 +72,24 @@ def selected_backend() -> str:
     return _SELECTION.choice
 
 
-def use_triton(tensor: Tensor) -> bool:
-    """Whether our kernels serve an op on this tensor; raises as `serves` does."""
+def use_triton(tensor: Tensor, choice: str = "") -> bool:
+    """Whether our kernels serve an op on this tensor; otherwise as `serves`."""
     if tensor.dtype not in DTYPES or _functional_transform():
         return False
-    return serves(tensor.device)
+    return serves(tensor.device, choice)
 
 
-def serves(device: torch.device) -> bool:
+def serves(device: torch.device, choice: str = "") -> bool:
     """Whether our kernels serve this device, for the dtypes they know.
+
+    Args:
+        device: where the tensors are.
+        choice: the backend; by default the one that is selected.
 
     Raises:
         RuntimeError: "triton" is selected by hand and cannot run there.
     """
-    choice, kind = _SELECTION.choice, device.type
+    choice, kind = choice or _SELECTION.choice, device.type
     if choice == "torch" or kind == "meta" or (choice == "auto" and kind != "cuda"):
         return False
     why_not = unavailable(kind, device.index)
@@ -98,7 +103,7 @@ def serves(device: torch.device) -> bool:
 
 def readable(tensor: Tensor) -> bool:
     """Whether the host may look at the values now: not while tracing or capturing a CUDA graph."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -20,6 +20,7 @@ from gpt2fast.kernels import torch_ops
 from gpt2fast.kernels.backend import DTYPES
 from gpt2fast.kernels.registry import (
     autocast_inputs,
+    casts_weights,
     forbid_second_derivative,
     needs_gradient,
     register_kernel,
@@ -107,8 +108,10 @@ class _GeluMlp(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         forbid_second_derivative("gelu_mlp")
+        if dout is None:
+            return (None,) * 7
         needed = ctx.needs_input_grad[:5]
         dresidual = dout.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
         if not any(needed):
@@ -139,8 +142,10 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """PyTorch serves training, where nothing can be fused that it does not fuse."""
     from gpt2fast.kernels._triton import configs
 
-    x, weight, bias = autocast_inputs(x, weight, bias)
-    if needs_gradient(x, weight, bias) or not _served(x, weight, bias):
+    if needs_gradient(x, weight, bias) or casts_weights(weight, bias):
+        return NotImplemented
+    (x,) = autocast_inputs(x)
+    if not _served(x, weight, bias):
         return NotImplemented
     rows = _as_rows(x)
     if configs.matmul_provider("linear", rows.shape[0], rows.element_size()) != "triton":
@@ -157,7 +162,10 @@ def _gelu_mlp_triton(
     proj_bias: Tensor,
     residual: Tensor | None,
 ) -> Tensor:
-    x, *parameters = autocast_inputs(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    given = (fc_weight, fc_bias, proj_weight, proj_bias)
+    if casts_weights(*given) and not needs_gradient(x, residual, *given):
+        return NotImplemented
+    x, *parameters = autocast_inputs(x, *given)
     if not _served(x, *parameters):
         return NotImplemented
     if residual is not None and (residual.dtype not in DTYPES or residual.device != x.device):

@@ -91,7 +91,8 @@ def equal_rows(x: Tensor) -> Tensor:
 
 def output_dtype(x: torch.dtype, weight: Tensor, bias: Tensor) -> torch.dtype | None:
     """The dtype of the LayerNorm of an ``x``, as PyTorch has it on a GPU; None: not ours."""
-    if not 0 < weight.shape[0] <= MAX_WIDTH or weight.dtype != bias.dtype:
+    # Width 1 would be a constant to Triton, and the result is the bias anyway.
+    if not 1 < weight.shape[0] <= MAX_WIDTH or weight.dtype != bias.dtype:
         return None
     if torch.is_autocast_enabled(weight.device.type):
         return torch.float32 if x in DTYPES and weight.dtype in DTYPES else None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2fast.kernels.backend import use_triton
+from gpt2fast.kernels.backend import selected_backend, use_triton
 
 # Public op -> whether it has a Triton implementation.
 OPS: dict[str, bool] = {}
@@ -33,7 +33,12 @@ def register_op(
     implementation: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Define ``gpt2fast::<schema>`` on every device; return the op.
+    """Define ``gpt2fast::<schema>`` on every device; return a function that calls it.
+
+    The op has one more argument than the schema, which that function gives: the backend selected
+    (where it is not given, as when the op is called directly, the selection counts all the same).
+    As part of a traced graph it keeps one selection's compiled code, in memory or on disk, from
+    serving another's.
 
     Args:
         schema: an operator schema, such as ``"layer_norm(Tensor x, ...) -> Tensor"``, whose first
@@ -42,25 +47,38 @@ def register_op(
         triton: the same on our kernels; returns NotImplemented for what they do not cover, which
             PyTorch then serves.
     """
+    name, arguments, returns = schema.partition("(")[0], *schema.split("(", 1)[1].split(") -> ")
+    _LIBRARY.define(
+        f"{name}({arguments}, str backend='') -> {returns}",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    op = getattr(torch.ops.gpt2fast, name).default
+    arity = len(op._schema.arguments) - 1
 
-    def choose(first: Tensor, *args: Any) -> Any:
+    def choose(first: Tensor, *rest: Any) -> Any:
+        # The dispatcher leaves trailing arguments out where they have their default.
+        args, selected = rest[: arity - 1], rest[-1] if len(rest) == arity else ""
         # What is computed, not indices, has the dtype that counts.
         data = first if first.is_floating_point() else next(filter(_is_float, args))
-        if triton is not None and use_triton(data):
+        if triton is not None and use_triton(data, selected):
             result = triton(first, *args)
             if result is not NotImplemented:
                 return result
         return implementation(first, *args)
 
-    name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    def plain(*args: Any) -> Any:
+        return implementation(*args[:arity])
+
     OPS[name] = triton is not None
-    for devices, function in ((_KERNEL_DEVICES, choose), (_PLAIN_DEVICES, implementation)):
+    for devices, function in ((_KERNEL_DEVICES, choose), (_PLAIN_DEVICES, plain)):
         for device in devices:
             _LIBRARY.impl(name, function, device)
             _LIBRARY.impl(name, function, f"Autograd{device}")
-    op: Callable[..., Any] = getattr(torch.ops.gpt2fast, name).default
-    return op
+
+    def call(*args: Any) -> Any:
+        return op(*args, selected_backend())
+
+    return call
 
 
 def _is_float(value: Any) -> bool:
@@ -120,6 +138,19 @@ def autocast_inputs(*tensors: Tensor | None) -> tuple[Any, ...]:
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
+
+
+def casts_weights(*weights: Tensor) -> bool:
+    """Whether autocast would cast any of these.
+
+    PyTorch's operators cast a parameter once a region of autocast, and we would at every call: with
+    no gradient to fuse for, as in decoding, those serve better.
+    """
+    kind = weights[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return False
+    dtype = torch.get_autocast_dtype(kind)
+    return any(weight.dtype != dtype for weight in weights)
 
 
 def forbid_second_derivative(name: str) -> None:

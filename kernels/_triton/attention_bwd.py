@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2fast.kernels._triton.attention_bwd_dq import attention_bwd_dq_kernel
+from gpt2fast.kernels._triton.attention_bwd_dq import _attention_bwd_dq_kernel
 from gpt2fast.kernels._triton.attention_tiles import (
     UNSPECIALIZED,
     check_heads,
@@ -141,7 +141,7 @@ def _attention_bwd_dkdv_kernel(
 
     The keys are the new ones, into dqkv, or with PAST those of the past, into dpast
     ``[2, B, H, P, D]`` contiguous. The first keys are seen by the most queries and come first.
-    Pointers as in `attention_bwd_dq_kernel`, which must have run: it writes delta.
+    Pointers as in `_attention_bwd_dq_kernel`, which must have run: it writes delta.
     """
     keys = past_length if PAST else length
     tile, batch_head = scheduled(tl.program_id(0), tl.cdiv(keys, BLOCK_N), batch_heads, section)
@@ -281,7 +281,7 @@ def attention_bwd(
         scale * LOG2_E.value,
         *dropout_threshold(dropout_p),
     )
-    attention_bwd_dq_kernel[(triton.cdiv(length, for_dq.block_m) * batch_heads,)](
+    _attention_bwd_dq_kernel[(triton.cdiv(length, for_dq.block_m) * batch_heads,)](
         qkv,
         heads_descriptor(qkv, head_size, for_dq.block_n, block_d),
         past,

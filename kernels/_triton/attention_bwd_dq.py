@@ -76,7 +76,7 @@ def _add_to_dq(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def attention_bwd_dq_kernel(
+def _attention_bwd_dq_kernel(
     qkv_ptr,
     qkv_desc,
     past_ptr,

@@ -15,7 +15,9 @@ from gpt2fast.kernels._triton.target import current_target
 from gpt2fast.kernels.backend import DTYPES
 
 # Arguments of the kernels that vary from call to call: no reason to compile again.
-UNSPECIALIZED = ["past_length", "length", "heads", "batch_heads", "section", "threshold"]
+UNSPECIALIZED = [
+    "past_length", "length", "heads", "batch_heads", "section", "threshold", "stride_mask_batch",
+]  # fmt: skip
 # In place of -inf: a row that sees no key of a tile then still has finite differences, and what it
 # adds up is multiplied by 0 when the row meets a key that it sees, at the latest itself.
 MASKED_SCORE = tl.constexpr(-1.0e30)

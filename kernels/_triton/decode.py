@@ -121,12 +121,16 @@ def _attention_decode_kernel(
     mask_d = offs_d < HEAD_SIZE
     mask_t = offs_t < length
     width = heads * HEAD_SIZE
-    key_ptr = cache_ptr + head * (stride_head * UNIT) + offs_d[None, :]
+    key_ptr = cache_ptr + head * (stride_head.to(tl.int64) * UNIT) + offs_d[None, :]
     value_ptr = key_ptr + stride_kv.to(tl.int64) * UNIT
-    own_row = row * (stride_row * UNIT)
+    own_row = row * (stride_row.to(tl.int64) * UNIT)
 
     # [BLOCK_T, BLOCK_D]; the new keys and values are asked for here and used behind the loop
-    q_ptr = qkv_ptr + row * (stride_qkv_row * UNIT) + offs_t[:, None] * (stride_qkv_t * UNIT)
+    q_ptr = (
+        qkv_ptr
+        + row * (stride_qkv_row.to(tl.int64) * UNIT)
+        + offs_t[:, None] * (stride_qkv_t * UNIT)
+    )
     q_ptr += head * HEAD_SIZE + offs_d[None, :]
     mask_q = mask_t[:, None] & mask_d[None, :]
     owner = split == splits - 1
@@ -146,7 +150,7 @@ def _attention_decode_kernel(
         if source_ptr is not None:
             source = tl.load(source_ptr + row * stride_source + position, mask=allowed, other=0)
             source = tl.minimum(tl.maximum(source, 0), rows - 1)
-            slot = source.to(tl.int64) * (stride_row * UNIT)
+            slot = source.to(tl.int64) * (stride_row.to(tl.int64) * UNIT)
         else:
             slot = own_row
         # [BLOCK_S, 1]

@@ -217,7 +217,9 @@ def check(hidden: Tensor, weight: Tensor, labels: Tensor | None = None) -> None:
 
 def _takes_descriptor(tensor: Tensor) -> bool:
     """Whether rows start where the tensor memory accelerator can read: at multiples of 16 bytes."""
-    return tensor.stride(0) * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    step = tensor.stride(0)
+    aligned = step * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return aligned and step >= tensor.shape[1]
 
 
 def _tile(hidden: Tensor, weight: Tensor, top: int) -> configs.LMHeadTile:

@@ -294,7 +294,7 @@ def test_large_cache(
     """More than 2**31 elements: the last row's last slots are further than int32 reaches."""
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
     cache = torch.zeros(2, batch, heads, capacity, size, dtype=dtype)
-    assert DEVICE == "cpu" or cache.numel() > 2**31
+    assert batch < 67 or cache.numel() > 2**31
     starts = [0] * (batch - 1) + [capacity - length]
     cache[:, -1, :, : starts[-1]] = torch.randn(2, heads, starts[-1], size).to(dtype)
     last = cache[:, -1:].clone()

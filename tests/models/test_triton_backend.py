@@ -4,7 +4,11 @@ Without a GPU the kernels run in Triton's interpreter, in float32 and float16.
 """
 
 import copy
+import os
+import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2fast
@@ -43,6 +49,23 @@ def _triton() -> Iterator[None]:
 def models(kind: str = "GPT2LMHeadModel", **overrides: Any) -> tuple[Any, Any]:
     ours, reference = pair(kind, **{**SIZES, **overrides})
     return ours.to(DEVICE), reference.to(DEVICE)
+
+
+CACHED = """
+import torch
+from gpt2fast import kernels
+from gpt2fast.kernels._triton import layer_norm
+
+def count(*args):
+    launched.append(1)
+    return launch(*args)
+
+launched, launch = [], layer_norm.layer_norm_fwd
+layer_norm.layer_norm_fwd = count
+x = torch.randn(3, 8)
+torch.compile(lambda x: kernels.layer_norm(x, x[0], x[1]) * 2)(x)
+print(bool(launched))
+"""
 
 
 class _Ops(TorchDispatchMode):
@@ -182,9 +205,45 @@ def test_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     _assert_same(_gradients(ours, ids, compiled), _gradients(ours, ids))
+    mask = padding("left", 2, 9).to(DEVICE)
     with torch.no_grad():
-        got = compiled(ids, use_cache=False).logits
-        assert_forward(got, ours(ids).logits)
+        got = compiled(ids, attention_mask=mask, use_cache=False).logits
+        assert_forward(got, ours(ids, attention_mask=mask).logits)
+
+
+def test_compiled_code_follows_the_backend() -> None:
+    """One selection's graph does not serve another's: the selection is part of the graph."""
+    ours, _ = models()
+    ids, traced = tokens(1, 5), []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        traced.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    with torch.no_grad():
+        for name in ("triton", "torch", "triton"):
+            with gpt2fast.backend(name):
+                compiled(ids, use_cache=False)
+    assert ["gpt2fast.layer_norm_fwd.default" in names for names in traced] == [True, False]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++ on a CPU")
+def test_compiled_code_on_disk_follows_the_backend(tmp_path: Path) -> None:
+    """Inductor's cache, shared by two processes that select different backends."""
+    program = tmp_path / "program.py"
+    program.write_text(CACHED)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    for name, runs in (("torch", False), ("triton", True)):
+        done = subprocess.run(
+            [sys.executable, str(program)],
+            env={**environment, "GPT2FAST_BACKEND": name},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.split() == [str(runs)]
 
 
 def test_checkpointing_replays_the_dropout() -> None:
