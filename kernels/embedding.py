@@ -279,8 +279,11 @@ def embedding(
 ) -> Tensor:
     """Sum of token, position and (optional) token-type embeddings.
 
+    Ids out of range: NaN on the kernels, an error of PyTorch's elsewhere. NaN is what the row of
+    such an id becomes; it adds nothing to the gradient of the table that has no such row.
+
     Args:
-        input_ids: ``[B, T]``, int64; the caller has checked the range.
+        input_ids: ``[B, T]``, int64.
         position_ids: ``[B, T]`` or ``[1, T]``, int64.
         token_type_ids: ``[B, T]``, int64, or None.
         wte: ``[V, C]``, the token embedding.
@@ -307,6 +310,8 @@ def embedding_layer_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """`embedding` and the LayerNorm of it, in one pass.
+
+    Ids out of range: NaN on the kernels, an error of PyTorch's elsewhere, as in `embedding`.
 
     Args:
         input_ids, position_ids, token_type_ids, wte, wpe: as in `embedding`.

@@ -8,6 +8,8 @@ by a program of its own (`_id_sum_kernel`). An id whose neighbours all lie in on
 done. One that crosses a border leaves a float32 share a chunk, and the program of the chunk where
 it begins adds those up (`_join_chunks_kernel`). So a token that fills the batch is spread over all
 programs, and the order of every sum is fixed.
+
+An id out of range is not looked up: its row becomes NaN, and adds nothing to the table's gradient.
 """
 
 import torch
@@ -41,6 +43,8 @@ def _embedding_fwd_kernel(
     rows,
     length,
     width,
+    wte_rows,
+    wpe_rows,
     stride_position_row,
     stride_wte_row,
     stride_wpe_row,
@@ -55,23 +59,31 @@ def _embedding_fwd_kernel(
     """hidden = wte[id] + wpe[position] (+ wte[type]) and its LayerNorm; grid: (row blocks,).
 
     ids_ptr, type_ids_ptr: ``[rows]``, rows being batch times length. position_ids_ptr:
-    ``[batch or 1, length]``, stride_position_row 0 for one row. wte_ptr, wpe_ptr:
-    ``[V or P, width]`` with their strides. hidden_ptr, normed_ptr: ``[rows, width]``, contiguous.
-    statistics_ptr: as in `normalize_rows`. Rows and columns are masked; ids are trusted.
+    ``[batch or 1, length]``, stride_position_row 0 for one row. wte_ptr, wpe_ptr: ``[wte_rows or
+    wpe_rows, width]`` with their strides. hidden_ptr, normed_ptr: ``[rows, width]``, contiguous.
+    statistics_ptr: as in `normalize_rows`. Rows, columns and look-ups are masked: a row with an id
+    out of range becomes NaN.
     """
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     mask_m = offs_m < rows
     offs_position = offs_m // length * stride_position_row + offs_m % length
     ids = tl.load(ids_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
     positions = tl.load(position_ids_ptr + offs_position, mask=mask_m, other=0).to(tl.int64)
-    token = load_row_tiles(wte_ptr + ids * stride_wte_row, mask_m, width, BLOCK_M, LANES, CHUNKS)
+    known_id = (ids >= 0) & (ids < wte_rows)
+    known_position = (positions >= 0) & (positions < wpe_rows)
+    known = known_id & known_position
+    token = load_row_tiles(
+        wte_ptr + ids * stride_wte_row, mask_m & known_id, width, BLOCK_M, LANES, CHUNKS
+    )
     position = load_row_tiles(
-        wpe_ptr + positions * stride_wpe_row, mask_m, width, BLOCK_M, LANES, CHUNKS
+        wpe_ptr + positions * stride_wpe_row, mask_m & known_position, width, BLOCK_M, LANES, CHUNKS
     )
     if HAS_TYPES:
         types = tl.load(type_ids_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+        known_type = (types >= 0) & (types < wte_rows)
+        known &= known_type
         kind = load_row_tiles(
-            wte_ptr + types * stride_wte_row, mask_m, width, BLOCK_M, LANES, CHUNKS
+            wte_ptr + types * stride_wte_row, mask_m & known_type, width, BLOCK_M, LANES, CHUNKS
         )
     row_ptr = hidden_ptr + offs_m.to(tl.int64) * width
     x = ()
@@ -80,7 +92,7 @@ def _embedding_fwd_kernel(
         hidden = token[chunk].to(tl.float32) + position[chunk].to(tl.float32)
         if HAS_TYPES:
             hidden += kind[chunk].to(tl.float32)
-        hidden = hidden.to(hidden_ptr.dtype.element_ty)
+        hidden = tl.where(known, hidden, float("nan")).to(hidden_ptr.dtype.element_ty)
         store_row_tile(row_ptr, hidden, mask_m, width, chunk, LANES)
         x = append_tile(x, hidden.to(tl.float32))
     if NORMALIZE:
@@ -99,6 +111,7 @@ def _id_sum_kernel(
     partial_ptr,
     count,
     rows,
+    table_rows,
     width,
     chunk,
     stride_dhidden_row,
@@ -109,9 +122,10 @@ def _id_sum_kernel(
 
     Grid: (chunks, column blocks). dhidden_ptr: ``[rows, width]`` with its stride. ids_ptr: int32
     ``[count]``, sorted; order_ptr: int64 ``[count]``, where each stood, modulo rows its row (count
-    is rows or twice as many). dtable_ptr: ``[V, width]``, contiguous, written for ids that lie in
-    this chunk alone. partial_ptr: float32 ``[chunks, 2, width]``, the shares of the id that comes
-    from the chunk before, and of the one that goes on in the next. Columns are masked.
+    is rows or twice as many). dtable_ptr: ``[table_rows, width]``, contiguous, written for ids that
+    lie in this chunk alone. partial_ptr: float32 ``[chunks, 2, width]``, the shares of the id that
+    comes from the chunk before, and of the one that goes on in the next. Columns are masked, and
+    the rows of ids out of range.
     """
     pid = tl.program_id(0)
     start = pid * chunk
@@ -133,7 +147,7 @@ def _id_sum_kernel(
         total = tl.where(this == previous, total, 0.0) + values.to(tl.float32)
         previous = this
         following = tl.load(ids_ptr + i + 1, mask=i + 1 < end, other=-1)
-        done = following != this
+        done = (following != this) & (this >= 0) & (this < table_rows)
         whole = (this != before) & (this != after)
         tl.store(
             dtable_ptr + this.to(tl.int64) * width + offs_n,
@@ -150,6 +164,7 @@ def _join_chunks_kernel(
     dtable_ptr,
     partial_ptr,
     count,
+    table_rows,
     width,
     chunk,
     BLOCK_M: tl.constexpr,
@@ -166,7 +181,7 @@ def _join_chunks_kernel(
     before = tl.load(ids_ptr + start - 1, mask=start > 0, other=-1)
     this = tl.load(ids_ptr + end - 1, mask=end < count, other=-1)
     after = tl.load(ids_ptr + end, mask=end < count, other=-2)
-    if (this == after) & (this != before):
+    if (this == after) & (this != before) & (this >= 0) & (this < table_rows):
         offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < width
         # [BLOCK_M, BLOCK_N]
@@ -222,7 +237,7 @@ def embedding_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(hidden, its LayerNorm in dtype, [mean, rstd])``, the last two empty where not asked for.
 
-    Without weight and bias there is no LayerNorm.
+    Without weight and bias there is no LayerNorm. A row with an id out of range is NaN.
     """
     batch, length = input_ids.shape
     _check_ids("input_ids", input_ids, ((batch, length),), wte)
@@ -248,8 +263,8 @@ def embedding_fwd(
         _embedding_fwd_kernel[(triton.cdiv(rows, tile.block_m),)](
             input_ids, position_ids, token_type_ids, wte, wpe, weight, bias,
             hidden, normed, statistics,
-            rows, length, width, length if position_ids.shape[0] > 1 else 0, stride_wte, stride_wpe,
-            eps,
+            rows, length, width, wte.shape[0], wpe.shape[0],
+            length if position_ids.shape[0] > 1 else 0, stride_wte, stride_wpe, eps,
             HAS_TYPES=token_type_ids is not None, NORMALIZE=normalize,
             SAVE_STATISTICS=save_statistics,
             BLOCK_M=tile.block_m, LANES=tile.lanes, CHUNKS=tile.chunks, num_warps=tile.warps,
@@ -262,7 +277,8 @@ def embedding_bwd(dhidden: Tensor, ids: Tensor, table_rows: int, dtype: torch.dt
 
     Args:
         dhidden: ``[..., C]``, R rows.
-        ids: R ids in ``[0, table_rows)``, or 2R: those of the first and of a second look-up.
+        ids: R ids, or 2R: those of the first and of a second look-up. Those outside
+            ``[0, table_rows)`` add nothing.
     """
     width = dhidden.shape[-1]
     rows, count = dhidden.numel() // width, ids.numel()
@@ -274,19 +290,21 @@ def embedding_bwd(dhidden: Tensor, ids: Tensor, table_rows: int, dtype: torch.dt
     dtable = torch.zeros(table_rows, width, dtype=dtype, device=dhidden.device)
     if not count:
         return dtable
-    # A radix sort's passes go by the bytes of its keys.
-    ids, order = ids.reshape(-1).to(torch.int32).sort(stable=True)
+    # A radix sort's passes go by the bytes of its keys. Clamped first, to ids that are still out of
+    # range: the low half of an int64 may be in it.
+    keys = ids.reshape(-1).clamp(-1, table_rows).to(torch.int32)
+    ids, order = keys.sort(stable=True)
     config = configs.EMBEDDING_BWD
     chunk = max(config.shortest_chunk, triton.cdiv(count, config.most_chunks))
     chunks = triton.cdiv(count, chunk)
     partial = torch.empty(chunks, 2, width, dtype=torch.float32, device=dhidden.device)
     _id_sum_kernel[(chunks, triton.cdiv(width, config.sum_block_n))](
-        dhidden, ids, order, dtable, partial, count, rows, width, chunk, stride,
+        dhidden, ids, order, dtable, partial, count, rows, table_rows, width, chunk, stride,
         BLOCK_N=config.sum_block_n, STAGES=config.sum_stages, num_warps=config.sum_warps,
     )  # fmt: skip
     if chunks > 1:
         _join_chunks_kernel[(chunks, triton.cdiv(width, config.join_block_n))](
-            ids, dtable, partial, count, width, chunk,
+            ids, dtable, partial, count, table_rows, width, chunk,
             BLOCK_M=config.join_block_m, BLOCK_N=config.join_block_n, num_warps=config.join_warps,
         )  # fmt: skip
     return dtable
