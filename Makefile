@@ -19,8 +19,9 @@ help: ## list the targets
 demo: $(VENV)/demo.stamp ## generate text from the bundled checkpoint, offline
 	$(BIN)/gpt2fast generate --model bundled --threads 1 --seed 0 "$(PROMPT)"
 
+# Two processes of one thread: the tensors are small, and most of the time is Python's.
 test: $(VENV)/test.stamp ## run the tests; ARGS="-k name" reaches pytest
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/dev.stamp ## check format, rules and types
 	$(BIN)/ruff format --check .

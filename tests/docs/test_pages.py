@@ -73,5 +73,5 @@ def test_files_that_the_architecture_names_exist() -> None:
     named = re.findall(r"`([\w/]+(?:\.py|/))`", text)
     assert len(named) > 15
     for name in named:
-        places = (ROOT / name, ROOT / "gpt2fast" / name)
+        places = (ROOT / name, ROOT / "gpt2fast" / name, ROOT / "kernels" / name)
         assert any(place.exists() for place in places), f"ARCHITECTURE.md names {name}"

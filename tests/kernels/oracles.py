@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tests.tolerances import assert_close
 
+_LARGE = 1 << 20  # elements
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -128,15 +130,17 @@ def compare(
 ) -> None:
     """Assert that outputs and every gradient of ``ours(*tensors)`` are the oracle's.
 
-    The upstream gradients are random, and rounded to the dtype that they are given in.
+    The upstream gradients are random, and rounded to the dtype that they are given in. Tensors of
+    models' real sizes are summed over many rows: see `tests.tolerances`.
     """
     dtype = tensors[0].dtype
     upstream: list[Tensor] = []
     outputs, grads = _run(ours, tensors, upstream)
     upstream = [u.to(o.dtype).double() for u, o in zip(upstream, outputs, strict=True)]
     expected, expected_grads = _run(oracle, [t.double() for t in tensors], upstream)
-    plain, plain_grads = outputs, grads
-    if dtype not in (torch.float32, torch.float64):
+    plain: list[Tensor | None] = [None] * len(outputs)
+    plain_grads: list[Tensor | None] = [None] * len(grads)
+    if dtype not in (torch.float32, torch.float64) or max(t.numel() for t in tensors) > _LARGE:
         plain, plain_grads = _run(oracle, tensors, upstream)
     for got, want, same in zip(outputs, expected, plain, strict=True):
         assert_close(op, "forward", got, want, same, dtype)

@@ -287,3 +287,11 @@ def test_one_graph_serves_every_step(
             one = qkv[i : i + 1].double()
             expected, _ = oracles.attention(one, heads, past_kv, mask=kept)
             assert_close("attention", "forward", out[i : i + 1], expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
+@backends
+def test_scale_that_is_not_positive(backend: str, scale: float) -> None:
+    cache = torch.zeros(2, 1, 1, 8, 16)
+    with pytest.raises(ValueError, match=f"scale must be positive; got {scale}"):
+        kernels.attention_append(torch.zeros(1, 1, 48), cache, 0, 1, scale=scale)

@@ -454,3 +454,11 @@ def test_body_of_far_rows(backend: str) -> None:
 def test_more_than_2_31_elements(backend: str) -> None:
     """950 rows of 1024 positions of the smallest model's projection are 2.2e9 elements."""
     _check_far_rows(950, 12, 1024, 64, torch.bfloat16)
+
+
+@triton_only
+def test_a_mask_of_one_column_with_any_stride(backend: str) -> None:
+    mask = torch.ones(1, 4, dtype=torch.bool)[:, ::2][:, :1]
+    assert mask.stride(1) == 2
+    qkv = torch.randn(1, 1, 48)
+    assert torch.allclose(kernels.causal_attention(qkv, 1, mask=mask), qkv[..., 32:])

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpt2fast
 from gpt2fast.kernels import backend as module_function
-from gpt2fast.kernels.backend import selected_backend, serves, unavailable, use_triton
+from gpt2fast.kernels.backend import readable, selected_backend, serves, unavailable, use_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -136,3 +137,10 @@ def test_what_the_kernels_do_not_know_is_left_to_pytorch() -> None:
         assert not use_triton(torch.ones(1, device="meta"))
         torch.func.grad(inside)(torch.ones(1))
     assert seen == [False]
+
+
+def test_values_are_looked_at_only_where_there_are_any() -> None:
+    assert readable(torch.ones(1))
+    assert not readable(torch.ones(1, device="meta"))
+    with FakeTensorMode() as mode:
+        assert not readable(mode.from_tensor(torch.ones(1)))

@@ -241,3 +241,15 @@ def test_more_elements_than_32_bits_count(
     want_dx = want_dx / 2 + last.detach()  # of the sum, whose own gradient is x
     assert_close("layer_norm", "backward", dx[-7:], want_dx, want_dx.to(dtype))
     assert torch.isfinite(dweight).all()
+
+
+@triton_only
+def test_width_one_is_left_to_pytorch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton makes a constant of the argument 1, with which the kernels do not compile."""
+    from gpt2fast.kernels._triton import layer_norm
+
+    monkeypatch.setattr(layer_norm, "layer_norm_fwd", None)
+    bias = torch.randn(1)
+    assert torch.equal(
+        kernels.layer_norm(torch.randn(3, 1), torch.ones(1), bias), bias.expand(3, 1)
+    )

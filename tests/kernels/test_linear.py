@@ -2,14 +2,16 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2fast import kernels
 from tests.kernels import oracles
-from tests.kernels.devices import DEVICE, TRITON_DTYPES, backends, backends_and_dtypes
+from tests.kernels.devices import DEVICE, TRITON_DTYPES, backends, backends_and_dtypes, triton_only
 from tests.kernels.oracles import compare
 from tests.kernels.perceptrons import compare_forward, layer, mlp
 from tests.tolerances import assert_close
@@ -214,3 +216,44 @@ def test_mixed_dtypes_are_pytorchs_error(backend: str) -> None:
 def test_float64_is_pytorchs(backend: str) -> None:
     tensors = [t.double() for t in mlp((3,), 8, 16, torch.float32)]
     torch.testing.assert_close(kernels.gelu_mlp(*tensors), oracles.gelu_mlp(*tensors))
+
+
+@backends
+def test_an_undefined_upstream_gradient(backend: str) -> None:
+    """What follows may have no gradient to give; autograd then brings None."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> None:
+            return None
+
+    tensors = [t.requires_grad_() for t in mlp((3,), 8, 32, torch.float32)]
+    out = kernels.gelu_mlp(*tensors)
+    grads = torch.autograd.grad(Nothing.apply(out).sum(), tensors, allow_unused=True)
+    assert not any(grad is not None and grad.any() for grad in grads)
+
+
+@triton_only
+def test_autocast_casts_a_parameter_once_a_region(backend: str) -> None:
+    """As PyTorch does: decoding must not read the float32 weights for every token."""
+    x, *parameters = mlp((1,), 8, 32, torch.float32)
+    parameters = [torch.nn.Parameter(p) for p in parameters]
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0].numel() > 100:
+                casts.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.float16), Casts():
+        for _ in range(3):
+            kernels.gelu_mlp(x, *parameters)
+            kernels.linear(x, *parameters[:2])
+    assert len(casts) == 2
