@@ -96,7 +96,7 @@ def attention_bwd_configs(
 ) -> tuple[AttentionConfig, AttentionConfig]:
     """For the tiles of queries (dQ), and for those of keys (dK and dV). Predicted.
 
-    - float32: as forward.
+    - float32: as forward, and 16 keys at any width: 32 spill with a mask, a past and dropout.
     - dQ holds one accumulator and two tiles of scores: 128 queries in two warpgroups.
     - dK and dV are two accumulators: 128 keys at head size 64 in two warpgroups, in about 210
       registers a thread; 64 where heads are wider.
@@ -104,7 +104,7 @@ def attention_bwd_configs(
       with wide heads or a past (eight warps get 128 registers a thread there).
     """
     if element_size == 4:
-        small = AttentionConfig(32, 32 if block_d <= 64 else 16, warps=8, stages=2)
+        small = AttentionConfig(32, 16, warps=8, stages=2)
         return small, small
     if not target.has_tma:
         small = AttentionConfig(64, 32, warps=8, stages=2)
@@ -242,8 +242,9 @@ _LM_HEAD_LOSS = LMHeadTile(128, 256, 128, warps=8, stages=3, programs=1, tma=Tru
 # Half as wide: sort keys take two registers each beside the logits, and on Blackwell the
 # exponentials of a wider tile spill. Two programs at a time: one multiplies, the other reduces.
 _LM_HEAD_HALF = LMHeadTile(128, 128, 128, warps=4, stages=3, programs=2, tma=True)
-# Chips without descriptors, and widths that they cannot address. Within every chip's 96 KB.
-_LM_HEAD_POINTERS = LMHeadTile(128, 128, 128, warps=8, stages=3, programs=1, tma=False)
+# Chips without descriptors, and rows that they cannot address: with twice the bytes a step, the
+# addresses of those spill on compute capability 8. 64 KB are within every chip's.
+_LM_HEAD_POINTERS = LMHeadTile(128, 128, 64, warps=8, stages=4, programs=1, tma=False)
 # Sorting a tile exchanges copies of it between threads: 16 keys a thread.
 _LM_HEAD_TOPK = LMHeadTile(16, 128, 128, warps=4, stages=4, programs=3, tma=False)
 

@@ -29,22 +29,25 @@ import torch
 from gpt2fast.kernels._triton import target
 from tests.kernels.offline_cases import CASES
 
-# SASS mnemonics by what they tell; a column of the table each.
+# SASS mnemonics by what they tell; a column of the table each, but for spills.
 INSTRUCTIONS = {
-    "tensor core": r"HGMMA|HMMA|UTC[A-Z]*MMA|QGMMA|IMMA",
-    "tile copy": r"UTMALDG|UTMASTG|UBLKCP",
+    "HMMA": r"HMMA",
+    "HGMMA": r"HGMMA",
+    "UTC*MMA": r"UTC[A-Z]*MMA",
+    "tile load": r"UTMALDG",
     "async copy": r"LDGSTS",
-    "load 16 B": r"LDG\.E(?:\.\w+)*\.128",
-    "load": r"LDG",
-    "store 16 B": r"STG\.E(?:\.\w+)*\.128",
+    "async copy 16 B": r"LDGSTS(?:\.\w+)*\.128\b",
+    "load": r"LDG(?!STS)",
+    "load 16 B": r"LDG(?:\.\w+)*\.(?:128|256)\b",
     "store": r"STG",
+    "store 16 B": r"STG(?:\.\w+)*\.(?:128|256)\b",
     "spill": r"STL|LDL",
 }
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel in one configuration on one chip."""
+    """One kernel in one configuration on one chip; descriptors: how many of its arguments are."""
 
     case: str
     kernel: str
@@ -52,6 +55,7 @@ class Compiled:
     constants: dict[str, Any]
     warps: int
     stages: int
+    descriptors: int
     registers: int
     stack: int
     local: int
@@ -94,18 +98,27 @@ class _OfflineDriver:
         return torch.device("meta")
 
 
+@dataclass(frozen=True)
+class _Launch:
+    kernel: Any
+    keywords: dict[str, Any]
+    descriptors: int
+
+
 @contextlib.contextmanager
-def compiling(chip: int) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
-    """Within, launches compile for ``chip``; yields the list of (kernel, keywords) they fill."""
+def compiling(chip: int) -> Iterator[list[_Launch]]:
+    """Within, launches compile for ``chip``; yields the list of them that they fill."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    launched: list[tuple[Any, dict[str, Any]]] = []
+    launched: list[_Launch] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **keywords)
-        launched.append((kernel, keywords))
+        descriptors = sum(isinstance(value, TensorDescriptor) for value in args)
+        launched.append(_Launch(kernel, keywords, descriptors))
         return kernel
 
     before = driver._active
@@ -131,8 +144,9 @@ def _cuobjdump(cubin: bytes, *options: str) -> str:
         ).stdout
 
 
-def inspect(case: str, chip: int, kernel: Any, keywords: dict[str, Any]) -> Compiled:
+def _inspect(case: str, chip: int, launch: _Launch) -> Compiled:
     """Read a compiled kernel's cubin."""
+    kernel = launch.kernel
     usage = dict(
         re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump(kernel.asm["cubin"], "-res-usage"))
     )
@@ -143,7 +157,7 @@ def inspect(case: str, chip: int, kernel: Any, keywords: dict[str, Any]) -> Comp
         for name, pattern in INSTRUCTIONS.items()
     }
     metadata = kernel.metadata
-    constants = {name: value for name, value in keywords.items() if name.isupper()}
+    constants = {name: value for name, value in launch.keywords.items() if name.isupper()}
     return Compiled(
         case=case,
         kernel=metadata.name,
@@ -151,6 +165,7 @@ def inspect(case: str, chip: int, kernel: Any, keywords: dict[str, Any]) -> Comp
         constants=constants,
         warps=metadata.num_warps,
         stages=metadata.num_stages,
+        descriptors=launch.descriptors,
         registers=int(usage["REG"]),
         stack=int(usage["STACK"]),
         local=int(usage["LOCAL"]),
@@ -163,8 +178,8 @@ def compile_case(name: str, chip: int) -> list[Compiled]:
     """Every distinct kernel that the case launches on the chip."""
     with compiling(chip) as launched:
         CASES[name]()
-    distinct = {kernel.hash: (kernel, keywords) for kernel, keywords in launched}
-    return [inspect(name, chip, *pair) for pair in distinct.values()]
+    distinct = {launch.kernel.hash: launch for launch in launched}
+    return [_inspect(name, chip, launch) for launch in distinct.values()]
 
 
 def _compile_pair(pair: tuple[str, int]) -> list[Compiled]:
@@ -176,7 +191,7 @@ def _compile_pair(pair: tuple[str, int]) -> list[Compiled]:
 
 def table(compiled: list[Compiled]) -> str:
     """The results as Markdown."""
-    columns = ["tensor core", "tile copy", "async copy", "load 16 B", "load", "store 16 B", "store"]
+    columns = [name for name in INSTRUCTIONS if name != "spill"]
     head = ["case", "kernel", "chip", "warps", "stages", "registers", "shared B", *columns]
     rows = [
         [

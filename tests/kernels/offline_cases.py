@@ -2,7 +2,7 @@
 
 A case calls a launcher of `gpt2fast.kernels._triton` (not an op: on meta tensors that would only
 give shapes) with sizes of a published model. Together the cases reach every kernel, and every entry
-of the tables in ``configs.py``.
+of the tables in ``configs.py`` on every chip that may select it.
 """
 
 from collections.abc import Callable
@@ -57,22 +57,30 @@ CASES["decode 4 tokens, direct, head size 128, ragged"] = lambda: _decode(
 CASES["decode 16 tokens, float32"] = lambda: _decode(1, 12, 16, 1024, 128, torch.float32)
 
 
-def _lm_head(launch: str, rows: int, *args: object, dtype: torch.dtype = torch.bfloat16) -> None:
+def _lm_head(
+    launch: str,
+    rows: int,
+    *args: object,
+    dtype: torch.dtype = torch.bfloat16,
+    row_gap: int = 0,
+) -> None:
     from gpt2fast.kernels._triton import lm_head, lm_head_tiles
 
     module = lm_head if "loss" in launch else lm_head_tiles
     labels = [empty(rows, dtype=torch.int64)] if "loss" in launch else []
-    operands = empty(rows, 768, dtype=dtype), empty(50257, 768, dtype=dtype)
-    getattr(module, f"lm_head_{launch}")(*operands, *labels, *args)
+    hidden = empty(rows, 768 + row_gap, dtype=dtype)[:, :768]
+    getattr(module, f"lm_head_{launch}")(hidden, empty(50257, 768, dtype=dtype), *labels, *args)
 
 
 CASES["lm_head losses, 16384 rows"] = lambda: _lm_head("loss_fwd", 16384, -100)
 CASES["lm_head losses, 16 rows"] = lambda: _lm_head("loss_fwd", 16, -100)
+CASES["lm_head losses, 1024 rows unaligned"] = lambda: _lm_head("loss_fwd", 1024, -100, row_gap=1)
 CASES["lm_head losses, float32"] = lambda: _lm_head("loss_fwd", 16, -100, dtype=torch.float32)
 CASES["lm_head gradients"] = lambda: _lm_head("loss_fwd_bwd", 16384, None, -100, True, True)
 CASES["lm_head argmax, 1 row"] = lambda: _lm_head("argmax_fwd", 1)
 CASES["lm_head argmax, 64 rows"] = lambda: _lm_head("argmax_fwd", 64)
 CASES["lm_head argmax, 1024 rows"] = lambda: _lm_head("argmax_fwd", 1024)
+CASES["lm_head argmax, 1024 rows unaligned"] = lambda: _lm_head("argmax_fwd", 1024, row_gap=1)
 CASES["lm_head top 50"] = lambda: _lm_head("topk_fwd", 16, 50)
 
 
@@ -112,8 +120,9 @@ CASES |= {
     "matmul proj 1 row": lambda: _matmul(1, 3072, 768, residual=torch.bfloat16),
     "matmul fc 64 rows": lambda: _matmul(64, 768, 3072, activate=True, save_pre=True),
     "matmul proj 1024 rows": lambda: _matmul(1024, 3072, 768, residual=torch.bfloat16),
-    "matmul fc 512 rows": lambda: _matmul(512, 768, 3072, activate=True),
-    "matmul fc 512 rows unaligned": lambda: _matmul(512, 768, 3072, row_gap=1, activate=True),
+    "matmul fc 64 rows unaligned": lambda: _matmul(64, 768, 3072, row_gap=1, activate=True),
+    "matmul fc 640 rows": lambda: _matmul(640, 768, 3072, activate=True),
+    "matmul fc 640 rows unaligned": lambda: _matmul(640, 768, 3072, row_gap=1, activate=True),
     "matmul fc 16384 rows": lambda: _matmul(16384, 768, 3072, activate=True, save_pre=True),
     "matmul proj 2000 rows autocast": lambda: _matmul(2000, 6400, 1600, residual=torch.float32),
     "matmul gelu_grad 512 rows": lambda: _gelu_grad(512, 768),
@@ -163,28 +172,29 @@ CASES["embedding 1600, float32"] = lambda: _embedding(1600, torch.float32)
 
 
 def _attention(
+    backward: bool,
     head_size: int = 64,
-    everything: bool = False,
-    dropout: bool = False,
-    backward: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    past: int = 0,
+    dropout: bool = False,
+    bounds: bool = False,
+    mask: bool = False,
 ) -> None:
-    """Training; ``everything`` adds bounds of the keys to a past and to dropout."""
+    """Training; with bounds of the keys, or a mask of them."""
     from gpt2fast.kernels._triton.attention_bwd import attention_bwd
     from gpt2fast.kernels._triton.attention_fwd import attention_fwd
 
     batch, heads, length = 8, 768 // head_size, 1024
-    past = 512 if everything else 0
     shared = (
         empty(batch, length, 3 * heads * head_size, dtype=dtype),
         heads,
         empty(2, batch, heads, past, head_size, dtype=dtype) if past else None,
-        None,
-        empty(batch, dtype=torch.int32) if everything else None,
-        empty(batch, dtype=torch.int32) if everything else None,
-        empty(1, dtype=torch.int64) if everything or dropout else None,
+        empty(batch, past + length, dtype=torch.bool) if mask else None,
+        empty(batch, dtype=torch.int32) if bounds else None,
+        empty(batch, dtype=torch.int32) if bounds else None,
+        empty(1, dtype=torch.int64) if dropout else None,
     )
-    p = 0.1 if everything or dropout else 0.0
+    p = 0.1 if dropout else 0.0
     if not backward:
         attention_fwd(*shared, 0.125, p, True)
         return
@@ -193,15 +203,16 @@ def _attention(
     attention_bwd(out, *shared, out, lse, 0.125, p, past > 0)
 
 
-def _attention_chunk(length: int) -> None:
+def _attention_chunk(length: int, head_size: int = 64) -> None:
     """A chunk appended to a cache, its length on the device, with a mask of keys."""
     from gpt2fast.kernels._triton.attention_fwd import launch_attention_fwd
 
+    heads = 768 // head_size
     launch_attention_fwd(
         empty(4, length, 2304),
-        12,
+        heads,
         scale=0.125,
-        past=empty(2, 4, 12, 1024, 64),
+        past=empty(2, 4, heads, 1024, head_size),
         start=empty(4, dtype=torch.int32),
         key_mask=empty(4, 1024, dtype=torch.bool),
         write_cache=True,
@@ -211,10 +222,15 @@ def _attention_chunk(length: int) -> None:
 for _backward, _name in ((False, "forward"), (True, "backward")):
     for _label, _options in (
         ("64", {}),
-        ("64 everything", {"everything": True}),
+        ("64 mask", {"mask": True}),
+        ("64 past dropout bounds", {"past": 512, "dropout": True, "bounds": True}),
         ("128 dropout", {"head_size": 128, "dropout": True}),
-        ("64 float32", {"dtype": torch.float32}),
+        (
+            "64 float32 past dropout mask",
+            {"dtype": torch.float32, "past": 512, "dropout": True, "mask": True},
+        ),
         ("128 float32", {"head_size": 128, "dtype": torch.float32}),
     ):
-        CASES[f"attention {_name} {_label}"] = partial(_attention, backward=_backward, **_options)
+        CASES[f"attention {_name} {_label}"] = partial(_attention, _backward, **_options)
 CASES["attention chunk 64"] = lambda: _attention_chunk(64)
+CASES["attention chunk 128"] = lambda: _attention_chunk(64, 128)
