@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch_config
 
 from bench.suite.cases import Case, Inputs, Provider
 from bench.suite.gate import Gate, WrongAnswer, gradients, poisoned_memory, with_gradients
@@ -44,7 +45,7 @@ class Contender:
         self._run = provider.run
         if provider.compile_mode is not None:
             # Compiled code may overwrite what it saved, unless it is told that passes repeat.
-            torch._functorch.config.donated_buffer = False
+            functorch_config.donated_buffer = False
             options: dict[str, Any] = {"mode": provider.compile_mode}
             if dry_run:
                 options = {"backend": "eager"}
@@ -60,7 +61,8 @@ class Contender:
         return self._run(*self._leaves.leaves, *self._leaves.others)
 
     def call(self, direction: str, gate: Gate) -> Call:
-        """What is timed."""
+        """What is timed. Make it within the provider's context: the backward pass is that of a
+        forward pass recorded here."""
         if direction == "forward":
             return self.forward
         leaves, upstream = self._leaves.leaves, gate.upstream
@@ -179,12 +181,13 @@ def _times(
 ) -> dict[str, Any]:
     """Times of everybody in one direction, with ratios to ours pair by pair."""
     contexts = {name: contender.context for name, contender in contenders.items()}
-    calls = {name: contender.call(direction, gate) for name, contender in contenders.items()}
+    calls: dict[str, Call] = {}
     times: dict[str, Any] = {name: {} for name in contenders}
     replayed: dict[str, Any] = {}
     device_calls: dict[str, Call] = {}
-    for name, call in calls.items():
+    for name, contender in contenders.items():
         with contexts[name]():
+            call = calls[name] = contender.call(direction, gate)
             # Compared are times of one kind: where ours cannot be captured, nobody is.
             ours = times[OURS].get("device_source", "graph")
             why_not = uncaptured.get(name) or synchronises(call)

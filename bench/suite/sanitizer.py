@@ -1,5 +1,6 @@
 """compute-sanitizer over every op on small shapes: memory errors, and races in shared memory."""
 
+import ast
 import os
 import re
 import shutil
@@ -30,10 +31,17 @@ def sanitizer_command(program: str, tool: str, log: Path) -> list[str]:
 
 
 def our_kernels() -> set[str]:
-    """Names of the Triton kernels, which end in ``_kernel``."""
+    """Names of the Triton kernels: jitted functions whose names end in ``_kernel``."""
     sources = (ROOT / "kernels" / "_triton").glob("*.py")
-    found = (re.findall(r"^def (_\w+_kernel)\(", path.read_text("utf-8"), re.M) for path in sources)
-    return {name for names in found for name in names}
+    trees = [ast.parse(path.read_text("utf-8")) for path in sources]
+    return {
+        node.name
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and node.name.endswith("_kernel")
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
 
 
 def finished(report: str) -> bool:

@@ -177,6 +177,75 @@ def test_failing_test_fails_parity(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "out of memory" in victim["first"], "a test that failed for another was not run again"
 
 
+def test_run_begins_with_an_empty_compiler_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.suite import parts
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "stale"))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    folders = []
+
+    def limits(suite: parts.Suite, *_: Any) -> None:
+        script = "import os; print(*map(os.environ.get, %r), sep='\\n', file=open(%r, 'w'))"
+        names = [
+            "TORCHINDUCTOR_CACHE_DIR",
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES",
+            "TRITON_CACHE_DIR",
+        ]
+        out = tmp_path / "variables"
+        command = [sys.executable, "-c", script % (names, str(out))]
+        with parts.Process(command, suite._log, suite._variables) as process:
+            assert process.wait(time.time() + 60) == 0
+        folder, disabled, triton = out.read_text().split()
+        assert list(Path(folder).iterdir()) == []
+        assert disabled == "0"
+        assert not triton.startswith(folder)  # torch.compile would put it there
+        folders.append(Path(folder))
+
+    monkeypatch.setattr(parts.Suite, "_limits", limits)
+    options = argparse.Namespace(only={"limits": ""}, dry_run=False, budget_seconds=100.0)
+    for _ in range(2):
+        record: dict[str, Any] = {"parts": {}, "failures": []}
+        parts.Suite(record, lambda: None, tmp_path / "log", options, time.time() + 100).run()
+    assert folders[0] != folders[1]
+    assert not folders[0].exists()
+
+
+def test_bfloat16_comes_first_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.suite.order import pytest_collection_modifyitems
+
+    def ordered(processes: int) -> list[str]:
+        monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", str(processes))
+        names = ["a[float32]", "a[bfloat16]", "b", "c", "c[bfloat16]"]
+        items: Any = [argparse.Namespace(nodeid=name) for name in names]
+        pytest_collection_modifyitems(items)
+        return [item.nodeid for item in items]
+
+    assert ordered(1) == ["a[bfloat16]", "c[bfloat16]", "a[float32]", "b", "c"]
+    assert ordered(2) == ["a[bfloat16]", "a[float32]", "c[bfloat16]", "b", "c"]
+    assert len(ordered(14)) == 5
+
+
+def test_kernels_are_known_by_their_decorator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.suite import sanitizer
+
+    assert {"_layer_norm_fwd_kernel", "_matmul_kernel"} <= sanitizer.our_kernels()
+    folder = tmp_path / "kernels" / "_triton"
+    folder.mkdir(parents=True)
+    (folder / "planted.py").write_text(
+        "@triton.jit\ndef public_kernel(x_ptr): pass\n"
+        "@triton.jit(\n    do_not_specialize=NAMES,\n)\n"
+        "def _private_kernel(\n    x_ptr,\n): pass\n"
+        "@triton.jit\ndef device_function(x): pass\n"
+        "def launches_a_kernel(x): pass\n"
+    )
+    monkeypatch.setattr(sanitizer, "ROOT", tmp_path)
+    assert sanitizer.our_kernels() == {"public_kernel", "_private_kernel"}
+
+
 MEMCHECK = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ write of size 4 bytes
 =========     at {kernel}+0x120 in planted.py:17
