@@ -2,8 +2,9 @@
 
     loss_i = logsumexp_v(h_i . W_v) - h_i . W_{label_i}
 
-Rows are processed in chunks, so no more than a chunk of the ``[tokens, vocabulary]`` logits exists at
-a time (on a GPU 400 MB of them, which is all where there are few rows). For a summed or averaged loss the gradients are formed while a chunk's probabilities are at hand,
+Rows are processed in chunks, so no more than a chunk of the ``[tokens, vocabulary]`` logits exists
+at a time (on a GPU 400 MB of them: all, where there are few rows). For a summed or averaged loss
+the gradients are formed while a chunk's probabilities are at hand,
 
     dL/dh_i = (p_i - onehot(label_i)) W        dL/dW = sum_i (p_i - onehot(label_i))^T h_i
 

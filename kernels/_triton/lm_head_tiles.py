@@ -54,7 +54,7 @@ def _lm_head_tiles_kernel(
     """Tiles of logits ``hidden @ weight.T``, each reduced over its columns.
 
     Persistent: a program takes tiles [BLOCK_M, BLOCK_V] at a stride of the number of programs.
-    hidden is ``[N, C]``, weight ``[V, C]``, 16-bit or float32, rows of unit stride: pointers, or
+    hidden is ``[N, C]``, weight ``[V, C]``, of one dtype, rows of unit stride: pointers, or
     with USE_TMA descriptors. With T = cdiv(V, BLOCK_V) tiles a row, it writes
 
     - where TOP is 0: max_ptr and sum_ptr, float32 ``[N, T]``: the maximum m of logits * log2(e),
