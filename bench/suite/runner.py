@@ -110,8 +110,7 @@ def measure_case(
         NotCaptured: another provider cannot.
     """
     say("inputs", SILENCE)
-    if any(provider.compile_mode for provider in case.providers.values()):
-        torch._dynamo.reset()  # loads half of PyTorch: only where something is compiled
+    torch._dynamo.reset()
     seed = int.from_bytes(os.urandom(4), "little")  # fresh inputs every time, but repeatable
     torch.manual_seed(seed)
     with device:  # not around what is timed: it costs every call of PyTorch
