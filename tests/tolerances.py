@@ -4,8 +4,8 @@ An error is ``max |ours - oracle| / max |oracle|``: relative to the largest valu
 is compared, because a sum of many terms is only as exact as its largest ones.
 
 - float32: the bounds of `FLOAT32`, a small multiple of what rounding alone explains. They are for
-  sums of up to a few thousand terms; for longer ones (models' real sizes) `BUDGET` times the error of
-  plain PyTorch where that is more.
+  sums of up to a few thousand terms; for longer ones (models' real sizes) `BUDGET` times the error
+  of plain PyTorch where that is more.
 - float16 and bfloat16: at most `BUDGET` times the error that plain PyTorch makes in the same dtype
   on the same inputs, plus half a unit in the last place for the store.
 
