@@ -26,14 +26,15 @@ class DecodeConfig:
 def decode_config(element_size: int, queries: int) -> DecodeConfig:
     """By the bytes of an element, the cache's or the projection's if larger, and queries a row.
 
-    Keys and values of a tile are 16 KB together at head size 64 in either case: four resident
-    programs have more in flight than the 25 KB that a multiprocessor's share of the bandwidth
-    needs. One query: no pipeline, because neighbouring programs fill the gaps between tiles.
+    Keys and values of a tile are 16 KB together at head size 64 in 16 bits: four resident programs
+    have more in flight than the 25 KB that a multiprocessor's share of the bandwidth needs. One
+    query: no pipeline, because neighbouring programs fill the gaps between tiles; half the bytes in
+    float32, of which more programs are resident (32 keys of head size 80 spill on capability 10).
     Several: tiles pass through shared memory to the tensor cores. Float32 has none for them; at
     four warps its products would not fit into registers. Predicted.
     """
     if queries == 1:
-        return DecodeConfig(32 if element_size == 4 else 64, warps=4, stages=1)
+        return DecodeConfig(16 if element_size == 4 else 64, warps=4, stages=1)
     if element_size == 4:
         return DecodeConfig(32, warps=8, stages=2)
     return DecodeConfig(64, warps=4, stages=3)
@@ -96,7 +97,8 @@ def attention_bwd_configs(
 ) -> tuple[AttentionConfig, AttentionConfig]:
     """For the tiles of queries (dQ), and for those of keys (dK and dV). Predicted.
 
-    - float32: as forward, and 16 keys at any width: 32 spill with a mask, a past and dropout.
+    - float32: as forward, but 16 keys or queries at head size 64 too: 32 of both spill with a mask,
+      a past and dropout.
     - dQ holds one accumulator and two tiles of scores: 128 queries in two warpgroups.
     - dK and dV are two accumulators: 128 keys at head size 64 in two warpgroups, in about 210
       registers a thread; 64 where heads are wider.
@@ -105,7 +107,7 @@ def attention_bwd_configs(
     """
     if element_size == 4:
         small = AttentionConfig(32, 16, warps=8, stages=2)
-        return small, small
+        return small, AttentionConfig(16, 32, warps=8, stages=2) if block_d <= 64 else small
     if not target.has_tma:
         small = AttentionConfig(64, 32, warps=8, stages=2)
         return small, small

@@ -5,13 +5,16 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpt2fast.kernels import _triton
-from gpt2fast.kernels._triton.target import CHIPS
+from gpt2fast.kernels._triton import configs
+from gpt2fast.kernels._triton.target import CHIPS, Target
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(Path(_triton.__file__).parent.glob("*.py"))
@@ -55,17 +58,143 @@ def test_every_kernel_is_compiled_for_every_chip(records: list[dict[str, Any]]) 
         assert {r["kernel"] for r in records if r["chip"] == chip} == defined
 
 
-# Kernel -> the instructions that its design rests on, by chip.
-MATRIX_KERNELS = ("matmul", "attention_fwd", "attention_bwd")
+def _selectable(chip: Target) -> dict[str, set[Any]]:
+    """Kernel -> the tiles that `configs` selects for 16-bit operands on the chip, for any sizes.
+
+    A tile is what `_compiled_tile` reads from a record.
+    """
+    rows = (1, 17, 64, 65, 640, 1024, 16384)
+    matmul = {
+        configs.matmul_tile(m, n, 2, can_copy, chip)
+        for m in rows
+        for n in (768, 3072, 6400)
+        for can_copy in (False, True)
+    }
+    lm_head = {
+        configs.lm_head_tile(m, top, can_copy, chip)
+        for m in rows
+        for top in (0, 1, 64)
+        for can_copy in (False, True)
+    }
+    fwd = {
+        configs.attention_fwd_config(chip, 2, width, queries, crowded)
+        for width in (64, 128)
+        for queries in rows
+        for crowded in (False, True)
+    }
+    bwd = [configs.attention_bwd_configs(chip, 2, width) for width in (64, 128)]
+    decode = {configs.decode_config(2, queries) for queries in (1, 16)}
+    return {
+        "_matmul_kernel": {
+            (t.block_m, t.block_n, t.block_k, t.use_tma, t.warps, t.stages) for t in matmul
+        },
+        "_lm_head_tiles_kernel": {
+            (t.block_rows, t.block_vocab, t.block_bytes // 2, t.tma, t.warps, t.stages)
+            for t in lm_head
+        },
+        "_attention_fwd_kernel": {astuple(tile) for tile in fwd},
+        "_attention_bwd_dq_kernel": {astuple(for_dq) for for_dq, _ in bwd},
+        "_attention_bwd_dkdv_kernel": {astuple(for_dkdv) for _, for_dkdv in bwd},
+        "_attention_decode_kernel": {astuple(tile) for tile in decode},
+    }
 
 
-def test_the_instructions_that_matter(records: list[dict[str, Any]]) -> None:
-    """16-bit matrix products run on tensor cores, and on sm_90 read tiles by descriptor."""
+def _compiled_tile(record: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_S", "BLOCK_V", "BLOCK_K", "USE_TMA")
+    constants = record["constants"]
+    return *(constants[n] for n in names if n in constants), record["warps"], record["stages"]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_tile_is_compiled_for_every_chip_that_selects_it(
+    records: list[dict[str, Any]], chip: int
+) -> None:
+    for kernel, tiles in _selectable(CHIPS[chip]).items():
+        compiled = {
+            _compiled_tile(r)
+            for r in records
+            if r["kernel"] == kernel and r["chip"] == chip and "float32" not in r["case"]
+        }
+        assert compiled == tiles, (kernel, chip)
+
+
+def test_every_entry_of_the_tables_is_selected_on_some_chip() -> None:
+    """So that the sizes in `_selectable` reach them all."""
+    entries = [
+        entry
+        for value in vars(configs).values()
+        for entry in (value if isinstance(value, tuple) else (value,))
+    ]
+    selectable = [_selectable(chip) for chip in CHIPS.values()]
+    for kernel, kind in (
+        ("_matmul_kernel", configs.MatmulTile),
+        ("_lm_head_tiles_kernel", configs.LMHeadTile),
+    ):
+        known = set().union(*(tiles[kernel] for tiles in selectable))
+        found = [entry for entry in entries if isinstance(entry, kind)]
+        assert len(found) >= 4
+        for entry in found:
+            m, n, k, *rest = astuple(entry)
+            k //= 2 if kind is configs.LMHeadTile else 1
+            warps, stages, _, tma = rest
+            float32_only = entry == configs._MATMUL_TILE_FLOAT32
+            assert ((m, n, k, tma, warps, stages) in known) != float32_only, entry
+
+
+# Kernels of matrix products, but those of few rows, whose time is that of reading.
+MATRIX_KERNELS = {
+    "_matmul_kernel",
+    "_attention_fwd_kernel",
+    "_attention_bwd_dq_kernel",
+    "_attention_bwd_dkdv_kernel",
+    "_lm_head_tiles_kernel",
+}
+MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTC*MMA"}
+
+
+def test_matrix_products_run_on_the_chips_own_matrix_units(records: list[dict[str, Any]]) -> None:
+    """16-bit ones, from 64 rows of a tile; with tiles copied as the launcher meant them to be."""
+    checked: Counter[int] = Counter()
     for record in records:
-        seen, name = record["instructions"], record["kernel"]
-        if not any(part in name for part in MATRIX_KERNELS) or "float32" in record["case"]:
+        seen, chip = record["instructions"], record["chip"]
+        if record["kernel"] not in MATRIX_KERNELS or "float32" in record["case"]:
             continue
-        assert seen["tensor core"], (record["case"], name, record["chip"])
+        label = (record["case"], record["kernel"], chip)
+        if record["constants"]["BLOCK_M"] < 64:
+            assert any(seen[name] for name in MATRIX_INSTRUCTIONS.values()), label
+            continue
+        checked[chip] += 1
+        assert seen[MATRIX_INSTRUCTIONS[chip]], label
+        assert bool(seen["tile load"]) == bool(record["descriptors"]), label
+        assert record["descriptors"] or seen["async copy 16 B"], label
+        attention = "attention" in record["kernel"]
+        may_copy = attention or record["constants"]["USE_TMA"]
+        assert bool(record["descriptors"]) == (chip >= 90 and may_copy), label
+    assert min(checked[chip] for chip in CHIPS) >= 10
+
+
+# Kernels whose time is that of memory -> what their 16-byte accesses are.
+MEMORY_KERNELS = {
+    "_layer_norm_fwd_kernel": ("load 16 B", "store 16 B"),
+    "_layer_norm_bwd_kernel": ("load 16 B", "store 16 B"),
+    "_embedding_fwd_kernel": ("load 16 B", "store 16 B"),
+    "_cross_entropy_kernel": ("load 16 B",),
+    "_attention_decode_kernel": ("load 16 B",),
+    "_add_splits_kernel": ("load 16 B",),
+}
+
+
+def test_memory_is_read_and_written_16_bytes_at_a_time(records: list[dict[str, Any]]) -> None:
+    checked: Counter[str] = Counter()
+    for record in records:
+        wanted = MEMORY_KERNELS.get(record["kernel"], ())
+        for name in wanted:
+            count = record["instructions"][name]
+            if name.startswith("load"):  # of which some are copied to shared memory
+                count += record["instructions"]["async copy 16 B"]
+            assert count, (record["case"], record["kernel"], record["chip"], name)
+        checked[record["kernel"]] += 1
+    assert all(checked[name] >= len(CHIPS) for name in MEMORY_KERNELS)
 
 
 BROKEN = """
@@ -102,7 +231,7 @@ def test_too_much_shared_memory_is_a_problem() -> None:
     from tests.kernels.offline import Compiled
 
     quiet = {"spill": 0}
-    fits = Compiled("case", "kernel", 80, {}, 4, 3, 255, 0, 0, 163 << 10, quiet)
-    too_big = Compiled("case", "kernel", 80, {}, 4, 3, 255, 0, 0, (163 << 10) + 1, quiet)
+    fits = Compiled("case", "kernel", 80, {}, 4, 3, 0, 255, 0, 0, 163 << 10, quiet)
+    too_big = Compiled("case", "kernel", 80, {}, 4, 3, 0, 255, 0, 0, (163 << 10) + 1, quiet)
     assert not fits.problems
     assert "shared memory" in too_big.problems[0]
