@@ -32,10 +32,12 @@ class Process:
         self._log = log
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
+        # The tests' processes are not workers of a pytest that runs this suite.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
         self._child = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **variables},
+            env={**inherited, "PYTHONUNBUFFERED": "1", **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if messages else log,
             stderr=log,
