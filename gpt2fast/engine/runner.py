@@ -1,0 +1,52 @@
+"""What the engine asks of whatever evaluates the model: one interface for CPU and GPU."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from gpt2fast.kernels.decode_state import DecodeState
+
+
+class Runner(Protocol):
+    """A model with a cache of S slots.
+
+    Attributes:
+        state: what the steps read and write; the engine fills a slot of it before `prefill`.
+        slots: S.
+        capacity: positions of a slot.
+        shares_prefix: whether a slot may read its first positions from another one's cache
+            (``prefix_slots``); otherwise `copy_prefix` copies them.
+        look_every: after how many steps of `advance` at most the engine should look at the state.
+    """
+
+    state: DecodeState
+    slots: int
+    capacity: int
+    shares_prefix: bool
+    look_every: int
+
+    def prefill(self, slot: int, start: int, end: int) -> None:
+        """Evaluate ``state.tokens[slot, start:end]``; positions before ``start`` are in the cache.
+
+        Fills the cache up to ``end``, sets ``lengths[slot]``. Where ``end`` is all of the prompt
+        (the engine has set the status RUNNING), chooses the next token and commits it: see
+        `gpt2fast.engine.sampling.commit`.
+        """
+
+    def advance(self, slots: Sequence[int], steps: int, drafts: int = 0) -> None:
+        """Evaluate and commit ``steps`` times the newest token of each of ``slots``, with the
+        ``drafts`` tokens behind it, of which as many are kept as equal what would have been chosen.
+
+        A slot whose status is no longer RUNNING is left alone. May return before it is done; what
+        is read of the state afterwards is then waited for by the reading.
+        """
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the keys and values of the first ``length`` positions."""
+
+    def keys_values(self, slot: int, length: int) -> list[Tensor]:
+        """A copy of the slot's cache, for each layer ``[2, H, length, D]``."""
+
+    def close(self) -> None:
+        """Free the memory; nothing may be called afterwards."""
