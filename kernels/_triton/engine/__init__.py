@@ -1,0 +1,1 @@
+"""Kernels of the decode engine; each imports Triton, so they are imported at the first step."""
