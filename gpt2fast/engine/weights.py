@@ -6,7 +6,7 @@ activation. Packed weights are copies, so `fingerprint` tells whether they are s
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ def _why_not_values(model: "LanguageModel") -> str | None:
         return "autocast is on"
     if head.weight.shape != first.shape:
         return "lm_head and wte have different shapes"
-    return _why_not_shapes(list(body.h), body.ln_f)
+    return _why_not_shapes(_blocks(model), body.ln_f)
 
 
 def _why_not_shapes(blocks: list[GPT2Block], ln_f: LayerNorm) -> str | None:
@@ -147,6 +147,10 @@ def _shapes(block: GPT2Block) -> tuple[Hashable, ...]:
     return (block.attn.num_heads, *(module.weight.shape for module in _projections(block)))
 
 
+def _blocks(model: "LanguageModel") -> list[GPT2Block]:
+    return cast("list[GPT2Block]", list(model.transformer.h))
+
+
 def _projections(block: GPT2Block) -> tuple[Conv1D, Conv1D, Conv1D, Conv1D]:
     return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
@@ -155,7 +159,7 @@ def _tensors(model: "LanguageModel") -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Everything that a decoding step reads of a model."""
     body = model.transformer
     modules = [body.wte, body.wpe, body.ln_f, model.lm_head]
-    for block in body.h:
+    for block in _blocks(model):
         modules += block.ln_1, block.ln_2, *_projections(block)
     for module in modules:
         for table in (module._parameters, module._buffers):
@@ -175,7 +179,7 @@ def fingerprint(model: "LanguageModel") -> Fingerprint:
         model: one for which `why_not` gives None.
     """
     values: list[Hashable] = [
-        (block.attn.scaling, block.attn.num_heads, block.ln_1.eps) for block in model.transformer.h
+        (block.attn.scaling, block.attn.num_heads, block.ln_1.eps) for block in _blocks(model)
     ]
     for _, _, tensor in _tensors(model):
         values += (
@@ -218,7 +222,7 @@ def pack(model: "LanguageModel", bits: int | None = None) -> DecodeWeights:
     if bits not in (None, 8, 4):
         raise ValueError(f"bits must be 8, 4 or None; got {bits}")
     body, head = model.transformer, model.lm_head
-    blocks = list(body.h)
+    blocks = _blocks(model)
     odd = [len(m.weight) for m in _projections(blocks[0]) if len(m.weight) % 2]
     if bits == 4 and odd:
         raise ValueError(f"int4 needs an even number of inputs; got {odd[0]}")
