@@ -42,6 +42,8 @@ class DecodeState:
         seen: ``[S, V]`` uint8, 1 for tokens that occur in the sequence up to its newest.
         log_probs: ``[S, capacity + 1]`` float32, of the generated tokens under the model, before
             all processors.
+        scored: ``[S]`` uint8, 1 where somebody reads ``log_probs``; elsewhere they need not be
+            written.
         prefix_slots, prefix_lengths: ``[S]``: the slot's first ``prefix_lengths`` positions are
             read from the cache of slot ``prefix_slots``; 0 where nothing is shared.
     """
@@ -60,6 +62,7 @@ class DecodeState:
     uniforms: Tensor
     seen: Tensor
     log_probs: Tensor
+    scored: Tensor
     prefix_slots: Tensor
     prefix_lengths: Tensor
 
@@ -88,6 +91,7 @@ class DecodeState:
             uniforms=full(0, capacity + 1, dtype=torch.float64),
             seen=full(0, vocab_size, dtype=torch.uint8),
             log_probs=full(0, capacity + 1, dtype=f32),
+            scored=full(0, dtype=torch.uint8),
             prefix_slots=full(0),
             prefix_lengths=full(0),
         )

@@ -111,22 +111,27 @@ def build_processors(
         )
     processors.extend(options.logits_processor or ())
     if options.do_sample:
-        processors.extend(_warpers(options))
+        temperature, k, p, min_p = options.temperature, options.top_k, options.top_p, options.min_p
+        processors.append(lambda _, scores: warp(scores, temperature, k, p, min_p))
     return processors
 
 
-def _warpers(options: GenerationOptions) -> list[ScoresProcessor]:
-    temperature, k, p, min_p = options.temperature, options.top_k, options.top_p, options.min_p
-    warpers: list[ScoresProcessor] = []
+def warp(
+    scores: Tensor, temperature: float, k: int | None, p: float | None, min_p: float | None
+) -> Tensor:
+    """Scores to draw from: divided by the temperature, then filtered.
+
+    Args:
+        temperature: above 0.
+        k, p, min_p: of `keep_top_k`, `keep_top_p` and `keep_min_p`; None, or 0, 1 and 0, for off.
+    """
     if temperature != 1:
-        warpers.append(lambda _, scores: scores / temperature)
+        scores = scores / temperature
     if k:
-        warpers.append(lambda _, scores: keep_top_k(scores, k))
+        scores = keep_top_k(scores, k)
     if p is not None and p < 1:
-        warpers.append(lambda _, scores: keep_top_p(scores, p))
-    if min_p:
-        warpers.append(lambda _, scores: keep_min_p(scores, min_p))
-    return warpers
+        scores = keep_top_p(scores, p)
+    return keep_min_p(scores, min_p) if min_p else scores
 
 
 def sample(scores: Tensor, uniform: Tensor) -> Tensor:
