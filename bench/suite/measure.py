@@ -97,9 +97,15 @@ class Clock:
                 del result
 
     def device(
-        self, calls: dict[str, Call], contexts: dict[str, Context]
+        self,
+        calls: dict[str, Call],
+        contexts: dict[str, Context],
+        before: dict[str, Call] | None = None,
     ) -> dict[str, list[float]]:
-        """Seconds by contender, between events; the calls replay graphs or launch by themselves."""
+        """Seconds by contender, between events; the calls replay graphs or launch by themselves.
+
+        What ``before`` holds of a contender runs after the cache was filled, and is not timed.
+        """
         marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
 
         def one_round() -> None:
@@ -107,6 +113,8 @@ class Clock:
                 with contexts[name]():
                     pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
                     self._flush()
+                    if before is not None:
+                        before[name]()
                     pair[0].record()
                     call()
                     pair[1].record()

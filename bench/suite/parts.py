@@ -265,7 +265,18 @@ class Suite:
         with self._worker({"part": "limits"}, [], {}) as process:
             for message in process.messages(end, _STARTING):
                 part |= {"limits": message["limits"]} if "limits" in message else {}
+        self._probes(part, end)
         part["status"] = "measured"
+
+    def _probes(self, part: dict[str, Any], end: float) -> None:
+        """In a process of their own, and whatever becomes of it: nothing is held against them."""
+        probes = part["probes"] = {}
+        try:
+            with self._worker({"part": "probes"}, [], {}) as process:
+                for message in process.messages(end, _STARTING):
+                    probes |= message.get("probe", {})
+        except (Failed, TimedOut) as error:
+            probes["error"] = str(error)
 
     def _ops(self, part: dict[str, Any], end: float, only: str) -> None:
         part["cases"] = []

@@ -90,6 +90,21 @@ def _limit_lines(limits: dict[str, Any]) -> list[str]:
     ]
 
 
+def probe_lines(probes: dict[str, Any]) -> list[str]:
+    """A line a probe: medians in microseconds or GB/s, by what was varied."""
+    lines = []
+    for name, result in probes.items():
+        if not isinstance(result, dict) or "error" in result:
+            reason = result if isinstance(result, str) else result["error"]
+            lines.append(f"probe {name}: {reason[:150]}")
+            continue
+        unit, scale = ("us", 1e6) if name.endswith("_s") and "_per_" not in name else ("GB/s", 1e-9)
+        varied = {"": result} if "p50" in result else result
+        values = (f"{label} {scale * value['p50']:.2f}".strip() for label, value in varied.items())
+        lines.append(f"probe {name}: {', '.join(values)} {unit}")
+    return lines
+
+
 def summary(record: dict[str, Any]) -> str:
     """What the suite prints when it ends: states, limits, the op table, failures last."""
     parts = record["parts"]
@@ -101,6 +116,7 @@ def summary(record: dict[str, Any]) -> str:
         lines.append(f"{name}: {part['status']}{f' ({detail})' if detail else ''}")
     if "limits" in parts.get("limits", {}):
         lines += _limit_lines(parts["limits"]["limits"])
+        lines += probe_lines(parts["limits"].get("probes", {}))
     failures = [f"FAILED {failure[:400]}" for failure in record["failures"]]
     if len(failures) > 10:
         failures[10:] = [f"and {len(failures) - 10} more failures, in the record"]

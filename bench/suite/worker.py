@@ -4,7 +4,8 @@
 
 It reports on what was its standard output, a JSON object a line: ``{"phase": ..., "seconds": ...}``
 before anything that may take long, ``{"cases": [names]}`` and ``{"case": {...}}`` for the ops,
-``{"limits": {...}}``, ``{"exercised": [names]}``. Whatever else is printed goes to standard error.
+``{"limits": {...}}``, ``{"probe": {name: {...}}}``, ``{"exercised": [names]}``. Whatever else is
+printed goes to standard error.
 """
 
 import importlib
@@ -59,6 +60,13 @@ class _Worker:
     def limits(self) -> None:
         clock = self._clock()
         self.tell(limits=measure_limits(self._device, clock, self.say, self._dry_run))
+
+    def probes(self) -> None:
+        # Imports Triton, whose interpreter a dry run has to choose before.
+        from bench.suite.decode_probes import decode_probes
+
+        for name, result in decode_probes(self._device, self._clock(), self.say, self._dry_run):
+            self.tell(probe={name: result})
 
     def ops(self) -> None:
         """Measures the cases in turn, but for those done; stops at the deadline."""
@@ -124,7 +132,13 @@ def main() -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker = _Worker(job, channel)
-    {"limits": worker.limits, "ops": worker.ops, "exercise": worker.exercise}[job["part"]]()
+    parts = {
+        "limits": worker.limits,
+        "probes": worker.probes,
+        "ops": worker.ops,
+        "exercise": worker.exercise,
+    }
+    parts[job["part"]]()
 
 
 if __name__ == "__main__":

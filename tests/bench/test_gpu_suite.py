@@ -54,7 +54,10 @@ def test_walks_through_every_part(tmp_path: Path) -> None:
     assert any("layer_norm" in name for name in sanitize["exercised"])
     assert sanitize["tools"]["memcheck"]["status"] == "skipped"
     assert "--error-exitcode" in sanitize["tools"]["racecheck"]["command"]
-    assert "bfloat16" in record["parts"]["limits"]["limits"]["matmul_flop_per_s"]
+    limits = record["parts"]["limits"]
+    assert "bfloat16" in limits["limits"]["matmul_flop_per_s"]
+    assert {"graph_node_s", "barrier_s", "cooperative_node_s"} <= set(limits["probes"])
+    assert not [probe for probe in limits["probes"].values() if "error" in probe]
     cases = record["parts"]["ops"]["cases"]
     assert {case["op"] for case in cases} >= {
         "add_layer_norm",
