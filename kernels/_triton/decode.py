@@ -34,13 +34,13 @@ from gpt2fast.kernels.attention_append import (
 
 
 @triton.jit
-def _shift_of(maximum):
+def shift_of(maximum):
     """What to subtract before exponentials; a maximum of nothing is -inf, which would give NaN."""
     return tl.where(maximum == -float("inf"), 0.0, maximum)
 
 
 @triton.jit
-def _attend_one(q, k, v, allowed, top, total, acc):
+def attend_one(q, k, v, allowed, top, total, acc):
     """One query over a tile of keys, a softmax for each of the tile's key slots.
 
     q ``[1, BLOCK_D]`` float32 and scaled; k, v, acc ``[BLOCK_S, BLOCK_D]``; allowed, top, total
@@ -49,7 +49,7 @@ def _attend_one(q, k, v, allowed, top, total, acc):
     scores = tl.sum(q * k.to(tl.float32), 1)
     scores = tl.where(allowed, scores, -float("inf"))
     new_top = tl.maximum(top, scores)
-    shift = _shift_of(new_top)
+    shift = shift_of(new_top)
     decay = tl.exp2(top - shift)
     weights = tl.exp2(scores - shift)
     acc = acc * decay[:, None] + weights[:, None] * v.to(tl.float32)
@@ -66,7 +66,7 @@ def _attend_rows(q, k, v, allowed, scale, top, total, acc):
     scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
     scores = tl.where(allowed, scores, -float("inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
-    shift = _shift_of(new_top)
+    shift = shift_of(new_top)
     decay = tl.exp2(top - shift)
     weights = tl.exp2(scores - shift[:, None])
     weighted = weights.to(q.dtype)
@@ -164,7 +164,7 @@ def _attention_decode_kernel(
             # What a masked slot holds may be NaN, and zero times NaN is no zero.
             v = tl.where(allowed[:, None], v, 0.0)
         if BLOCK_T == 1:
-            top, total, acc = _attend_one(q, k, v, allowed, top, total, acc)
+            top, total, acc = attend_one(q, k, v, allowed, top, total, acc)
         else:
             top, total, acc = _attend_rows(q, k, v, allowed[None, :], scale, top, total, acc)
 
@@ -172,7 +172,7 @@ def _attention_decode_kernel(
         # Merge the key slots.
         slot_top = top
         top = tl.max(slot_top, 0)[None]
-        factor = tl.exp2(slot_top - _shift_of(top))
+        factor = tl.exp2(slot_top - shift_of(top))
         total = tl.sum(total * factor, 0)[None]
         acc = tl.sum(acc * factor[:, None], 0)[None, :]
     if owner:
@@ -184,7 +184,7 @@ def _attention_decode_kernel(
         tl.store(key_ptr + slot[:, None], k_new.to(dtype), mask=mask_slot)
         tl.store(value_ptr + slot[:, None], v_new.to(dtype), mask=mask_slot)
         if BLOCK_T == 1:
-            top, total, acc = _attend_one(q, k_new, v_new, mask_t, top, total, acc)
+            top, total, acc = attend_one(q, k_new, v_new, mask_t, top, total, acc)
         else:
             seen = mask_t
             if first_keys_ptr is not None:
