@@ -1,0 +1,163 @@
+"""Attention of token rows over the engine's cache, as phases of a decoding step.
+
+A row is one token: of a slot, at ``lengths[slot] + offset``. It attends to its slot's positions up
+to and with its own, whose keys and values are in the cache already; the first ``prefix_lengths``
+of them are read from slot ``prefix_slots``. Rows of one slot, and slots of one prefix, each read
+the keys they share: from L2, where the first one brings them.
+
+Each head of each row is divided among SPLITS programs, by tiles of keys, so that the row's own
+length, which only the device knows, decides what a split reads. Splits leave normalised results
+and the base-2 logarithms of their sums; who reads these merges them: the projection behind, in its
+prologue (`merged_heads`), or for many rows a phase of its own (`combine_phase`).
+
+Rows without a slot (-1) and rows of slots that have ended are skipped: nothing of theirs is
+written. All that an earlier phase may have written in the same launch is read from L2 (``.cg``).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from gpt2fast.kernels._triton.common import LOG2_E
+from gpt2fast.kernels._triton.decode import attend_one, shift_of
+from gpt2fast.kernels._triton.target import Target
+
+CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+
+
+@triton.jit
+def attention_phase(
+    program, programs,
+    q_ptr, cache_ptr, scales_ptr, out_ptr, partial_ptr, sums_ptr,
+    row_slots_ptr, row_offsets_ptr, lengths_ptr, status_ptr, prefix_slots_ptr, prefix_lengths_ptr,
+    layer, slots, capacity,
+    M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr = 1,
+):  # fmt: skip
+    """All splits of all heads of M rows, dealt out among the programs.
+
+    q ``[M, C]``; cache ``[L, 2, slots, HEADS, capacity, HEAD_SIZE]`` of `CACHE_DTYPES`; scales
+    float32 ``[L]``; row_slots and row_offsets int32 ``[M]``; the rest is `DecodeState`'s. With one
+    split the result goes to out ``[M, C]``; with more to partial ``[M, HEADS, SPLITS, HEAD_SIZE]``
+    and sums ``[M, HEADS, SPLITS]``, float32; a split without keys writes 0 and -inf. The pointers
+    that SPLITS leaves unused may be None. Masked: keys behind the row's own, and the head size.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_s = tl.arange(0, BLOCK_S)
+    mask_d = offs_d < HEAD_SIZE
+    scale = tl.load(scales_ptr + layer) * LOG2_E
+    # Rows outermost: programs beside each other read one row's keys, and each gets its part of
+    # long rows, short ones and those that are skipped.
+    for item in range(program, M * HEADS * SPLITS, programs):
+        split = item % SPLITS
+        head = item // SPLITS % HEADS
+        row = item // (SPLITS * HEADS)
+        slot = tl.load(row_slots_ptr + row)
+        if slot >= 0:
+            if tl.load(status_ptr + slot, cache_modifier=".cg") <= 0:
+                offset = tl.load(row_offsets_ptr + row)
+                position = tl.load(lengths_ptr + slot, cache_modifier=".cg") + offset
+                keys = tl.minimum(position + 1, capacity)
+                prefix_slot = tl.load(prefix_slots_ptr + slot)
+                prefix_length = tl.load(prefix_lengths_ptr + slot)
+                share = tl.cdiv(keys, SPLITS * BLOCK_S) * BLOCK_S
+                low = split * share
+                high = tl.minimum(low + share, keys)
+
+                q_offset = (tl.cast(row, tl.int64) * HEADS + head) * HEAD_SIZE + offs_d
+                q = tl.load(q_ptr + q_offset, mask=mask_d, other=0.0, cache_modifier=".cg")
+                q = (q.to(tl.float32) * scale)[None, :]
+                # In units of one head's positions; each factor keeps the divisibility of the sizes.
+                plane = tl.cast(slots, tl.int64) * HEADS * capacity
+                own = (slot.to(tl.int64) * HEADS + head) * capacity
+                other = (prefix_slot.to(tl.int64) * HEADS + head) * capacity
+                key_ptr = (
+                    cache_ptr + tl.cast(layer, tl.int64) * 2 * plane * HEAD_SIZE + offs_d[None, :]
+                )
+                value_ptr = key_ptr + plane * HEAD_SIZE
+
+                top = tl.full([BLOCK_S], -float("inf"), tl.float32)
+                total = tl.zeros([BLOCK_S], tl.float32)
+                acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+                for block in tl.range(low, high, BLOCK_S, num_stages=STAGES):
+                    key = block + offs_s
+                    allowed = key < high
+                    index = (tl.where(key < prefix_length, other, own) + key)[:, None] * HEAD_SIZE
+                    # What lies behind the keys may be NaN: it is not loaded.
+                    mask = allowed[:, None] & mask_d[None, :]
+                    k = tl.load(key_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
+                    v = tl.load(value_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
+                    top, total, acc = attend_one(q, k, v, allowed, top, total, acc)
+
+                # Merge the softmaxes of a tile's key slots.
+                largest = tl.max(top, 0)
+                factor = tl.exp2(top - shift_of(largest))
+                whole = tl.sum(total * factor, 0)
+                whole = tl.where(whole > 0.0, whole, 1.0)  # 0 for a split without keys
+                result = tl.sum(acc * factor[:, None], 0) / whole
+                if SPLITS == 1:
+                    result = result.to(out_ptr.dtype.element_ty)
+                    tl.store(out_ptr + q_offset, result, mask=mask_d)
+                else:
+                    part = (tl.cast(row, tl.int64) * HEADS + head) * SPLITS + split
+                    tl.store(partial_ptr + part * HEAD_SIZE + offs_d, result, mask=mask_d)
+                    tl.store(sums_ptr + part, largest + tl.log2(whole))
+
+
+@triton.jit
+def merged_heads(
+    partial_ptr, sums_ptr, row, channel, mask,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Channels of rows of the merged heads, from what `attention_phase` left of its splits.
+
+    row and channel are int tensors (row may be a scalar) of shapes that broadcast to mask's, which
+    is the result's, float32. Masked elements are 0. Rows that were skipped give any value.
+    """
+    first = (row * HEADS + channel // HEAD_SIZE) * SPLITS
+    inside = channel % HEAD_SIZE
+    largest = tl.full(mask.shape, -float("inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        value = tl.load(sums_ptr + first + split, mask=mask, other=0.0, cache_modifier=".cg")
+        largest = tl.maximum(largest, value)
+    total = tl.zeros(mask.shape, tl.float32)
+    merged = tl.zeros(mask.shape, tl.float32)
+    for split in tl.static_range(SPLITS):
+        value = tl.load(sums_ptr + first + split, mask=mask, other=0.0, cache_modifier=".cg")
+        share = tl.exp2(value - largest)  # finite: a row's first split has a key
+        offs = (first + split) * HEAD_SIZE + inside
+        result = tl.load(partial_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
+        merged += share * result
+        total += share
+    return merged / total
+
+
+@triton.jit
+def combine_phase(
+    program, programs, partial_ptr, sums_ptr, out_ptr,
+    M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`merged_heads` of M rows into out ``[M, C]``, BLOCK channels at a time."""
+    CHANNELS: tl.constexpr = HEADS * HEAD_SIZE
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    for item in range(program, M * BLOCKS, programs):
+        row = item // BLOCKS
+        channel = item % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        mask = channel < CHANNELS
+        merged = merged_heads(partial_ptr, sums_ptr, row, channel, mask, HEADS, HEAD_SIZE, SPLITS)
+        out = out_ptr + tl.cast(row, tl.int64) * CHANNELS + channel
+        tl.store(out, merged.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def check_cache_dtype(dtype: torch.dtype, target: Target) -> None:
+    """Raise a ValueError unless the chip can read and write a cache of this dtype."""
+    if dtype not in CACHE_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in CACHE_DTYPES)
+        raise ValueError(f"the cache's dtype must be one of {names}; got {dtype}")
+    if dtype == torch.float8_e4m3fn and target.capability < (8, 9):
+        major, minor = target.capability
+        raise ValueError(
+            f"a cache of float8_e4m3fn needs compute capability 8.9 or later; this GPU has "
+            f"{major}.{minor}"
+        )
