@@ -18,6 +18,7 @@ class Runner(Protocol):
         shares_prefix: whether a slot may read its first positions from another one's cache
             (``prefix_slots``); otherwise `copy_prefix` copies them.
         look_every: after how many steps of `advance` at most the engine should look at the state.
+        proposes: whether `advance` proposes drafts by itself, from what the sequence holds already.
     """
 
     state: DecodeState
@@ -25,18 +26,23 @@ class Runner(Protocol):
     capacity: int
     shares_prefix: bool
     look_every: int
+    proposes: bool
 
     def prefill(self, slot: int, start: int, end: int) -> None:
         """Evaluate ``state.tokens[slot, start:end]``; positions before ``start`` are in the cache.
 
         Fills the cache up to ``end``, sets ``lengths[slot]``. Where ``end`` is all of the prompt
         (the engine has set the status RUNNING), chooses the next token and commits it: see
-        `gpt2fast.engine.sampling.commit`.
+        `gpt2fast.engine.sampling.select_and_commit`.
         """
 
-    def advance(self, slots: Sequence[int], steps: int, drafts: int = 0) -> None:
+    def advance(self, slots: Sequence[int], steps: int, drafts: int = 0, ngram: int = 0) -> None:
         """Evaluate and commit ``steps`` times the newest token of each of ``slots``, with the
         ``drafts`` tokens behind it, of which as many are kept as equal what would have been chosen.
+
+        The drafts stand in ``tokens``, and ``steps`` is 1; or, where the runner `proposes`, it
+        writes them before each step: what followed the last ``ngram`` tokens earlier. Every slot
+        has room: ``length + steps * (drafts + 1) <= capacity``.
 
         A slot whose status is no longer RUNNING is left alone. May return before it is done; what
         is read of the state afterwards is then waited for by the reading.
