@@ -36,13 +36,25 @@ class Runner(Protocol):
         `gpt2fast.engine.sampling.select_and_commit`.
         """
 
-    def advance(self, slots: Sequence[int], steps: int, drafts: int = 0, ngram: int = 0) -> None:
+    def advance(
+        self,
+        slots: Sequence[int],
+        steps: int,
+        drafts: int = 0,
+        ngram: int = 0,
+        *,
+        plain: bool = False,
+        context: int = 0,
+    ) -> None:
         """Evaluate and commit ``steps`` times the newest token of each of ``slots``, with the
         ``drafts`` tokens behind it, of which as many are kept as equal what would have been chosen.
 
         The drafts stand in ``tokens``, and ``steps`` is 1; or, where the runner `proposes`, it
         writes them before each step: what followed the last ``ngram`` tokens earlier. Every slot
         has room: ``length + steps * (drafts + 1) <= capacity``.
+
+        ``plain`` promises that every slot is greedy, without penalty, and free to end; ``context``
+        is an upper bound of their ``lengths`` before the call. Neither changes a token.
 
         A slot whose status is no longer RUNNING is left alone. May return before it is done; what
         is read of the state afterwards is then waited for by the reading.
