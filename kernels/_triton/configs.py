@@ -58,6 +58,34 @@ def decode_splits(heads: int, keys: int, block_s: int, multiprocessors: int) -> 
     return -(-tiles // share)
 
 
+def engine_attention(element_size: int, head_size: int) -> DecodeConfig:
+    """``engine/attention.py``, by the bytes of the cache's element: as `decode_config`. Predicted.
+
+    Half the keys in float32 and where heads are wider than 64: a key slot's softmax has a float32
+    accumulator of its own in registers.
+    """
+    wide = element_size == 4 or head_size > 64
+    return DecodeConfig(32 if wide else 64, warps=4, stages=1)
+
+
+# Programs a multiprocessor, at most; beyond, each takes several items. Predicted: what its
+# registers hold at a time.
+ENGINE_ATTENTION_PROGRAMS = 4
+# Channels a program: 16 bytes a thread of one warp. Predicted.
+ENGINE_COMBINE_BLOCK, ENGINE_COMBINE_WARPS = 128, 1
+
+
+def engine_splits(rows: int, heads: int, keys: int, head_size: int, target: Target) -> int:
+    """Into how many parts to split each row's attention where the longest may have ``keys``.
+
+    As `decode_splits`, but of a few rows every program of the projection behind merges all parts
+    by itself: of what it reads for that, 32 parts of all heads are 100 KB at width 768. Predicted.
+    """
+    most = 32 // rows if rows <= 4 else 16
+    block = engine_attention(2, head_size).block_s
+    return min(most, 16, decode_splits(rows * heads, keys, block, target.multiprocessors))
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
     """Tiles of ``attention_fwd.py`` and ``attention_bwd.py``: queries, keys, warps, stages."""
@@ -370,3 +398,44 @@ EMBEDDING_BWD = EmbeddingBwdConfig(
     join_block_n=128,
     join_warps=4,
 )
+
+
+@dataclass(frozen=True)
+class DecodeRowsTile:
+    """How ``engine/linear.py`` multiplies a few rows.
+
+    Attributes:
+        warps: of a program.
+        repeat: outputs that a warp has under way.
+        unroll: loads of each of them in a sweep.
+        programs: a multiprocessor, at most.
+    """
+
+    warps: int
+    repeat: int
+    unroll: int
+    programs: int
+
+
+def decode_rows_tile(outputs: int, rows: int, target: Target) -> DecodeRowsTile:
+    """By the outputs and the rows. All predicted.
+
+    A phase lasts about as long as a load takes, so that all of a matrix should be asked for at
+    once: one tile a program, of few outputs, and as many programs as that takes; they are resident
+    together. Two outputs a warp read the rows from L1 half as often, but 768 or 1600 outputs are
+    then less than two warps on each quarter of a multiprocessor. The head is many times as long:
+    programs go over it in a loop, two sweeps of up to 64 KB a multiprocessor under way.
+    """
+    if outputs >= 16 * 4 * target.multiprocessors:
+        return DecodeRowsTile(warps=4, repeat=2, unroll=3, programs=3)
+    if outputs >= 16 * target.multiprocessors:
+        return DecodeRowsTile(warps=4, repeat=2, unroll=4, programs=8)
+    return DecodeRowsTile(warps=4, repeat=1, unroll=6 if rows < 4 else 4, programs=8)
+
+
+def decode_rows_keep(rows: int, inputs: int) -> bool:
+    """Whether all rows' inputs stay in registers: up to 64 a thread. Predicted."""
+    return rows * inputs <= 64 * 32
+
+
+DECODE_EMBED_BLOCK = 256  # columns a program; predicted

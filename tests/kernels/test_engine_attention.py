@@ -1,6 +1,8 @@
 """The engine's attention phases in the interpreter, or on a GPU, against a float64 oracle."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -8,48 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpt2fast.kernels._triton import configs
 from gpt2fast.kernels._triton.engine.attention import (
-    attention_phase,
     check_cache_dtype,
-    combine_phase,
+    launch_attend,
+    launch_combine,
     merged_heads,
 )
-from gpt2fast.kernels._triton.target import CHIPS
-from gpt2fast.kernels.decode_state import BROKEN, EOS, IDLE, LIMIT, RUNNING, DecodeState
+from gpt2fast.kernels._triton.target import CHIPS, Target, assume
+from gpt2fast.kernels.decode_state import DecodeState
+from gpt2fast.kernels.decode_step import StepBuffers
+from gpt2fast.kernels.packing import DecodeWeights
 from tests.kernels.devices import DEVICE, TRITON_DTYPES
 from tests.tolerances import assert_close
 
 HEADS, LAYERS, SLOTS, NAN = 2, 2, 6, float("nan")
-
-
-@triton.jit
-def _attention_kernel(
-    q_ptr, cache_ptr, scales_ptr, out_ptr, partial_ptr, sums_ptr,
-    row_slots_ptr, row_offsets_ptr, lengths_ptr, status_ptr, prefix_slots_ptr, prefix_lengths_ptr,
-    layer, slots, capacity,
-    M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    attention_phase(
-        tl.program_id(0), tl.num_programs(0),
-        q_ptr, cache_ptr, scales_ptr, out_ptr, partial_ptr, sums_ptr,
-        row_slots_ptr, row_offsets_ptr, lengths_ptr, status_ptr,
-        prefix_slots_ptr, prefix_lengths_ptr,
-        layer, slots, capacity,
-        M, HEADS, HEAD_SIZE, BLOCK_D, BLOCK_S, SPLITS, STAGES,
-    )  # fmt: skip
-
-
-@triton.jit
-def _combine_kernel(
-    partial_ptr, sums_ptr, out_ptr,
-    M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    combine_phase(
-        tl.program_id(0), tl.num_programs(0), partial_ptr, sums_ptr, out_ptr,
-        M, HEADS, HEAD_SIZE, SPLITS, BLOCK,
-    )  # fmt: skip
+WRITTEN = {"splits", "slots", "offsets", "query", "merged", "partial", "sums"}
 
 
 @triton.jit
@@ -83,9 +59,10 @@ class Step:
         keys = min(int(s.lengths[slot]) + offset + 1, self.cache.shape[4])
         return keys, slot, int(s.prefix_slots[slot]), int(s.prefix_lengths[slot])
 
-    def evaluated(self, row: int) -> bool:
-        slot = self.rows[row][0]
-        return slot >= 0 and int(self.state.status[slot]) in (IDLE, RUNNING)
+    @property
+    def used(self) -> list[int]:
+        """The rows that have a slot."""
+        return [row for row, (slot, _) in enumerate(self.rows) if slot >= 0]
 
 
 def make_step(
@@ -101,7 +78,6 @@ def make_step(
     """A random cache that is NaN wherever no row may look; prefixes: slot -> (its slot, length)."""
     generator = torch.Generator(DEVICE).manual_seed(len(rows) + capacity)
     state = DecodeState.empty(SLOTS, capacity, 8, torch.device(DEVICE))
-    state.status.fill_(RUNNING)
     state.lengths.copy_(torch.tensor(lengths + [0] * (SLOTS - len(lengths))))
     shape = (LAYERS, 2, SLOTS, HEADS, capacity, head_size)
     filled = torch.randn(shape, generator=generator, device=DEVICE).to(cache_dtype or dtype)
@@ -112,71 +88,58 @@ def make_step(
     q = (q * q_scale).to(dtype)
     scales = torch.rand(LAYERS, generator=generator, device=DEVICE) + 0.1
     step = Step(rows, state, q, cache, scales)
-    for row in range(len(rows)):
-        if rows[row][0] >= 0:
-            keys, slot, source, length = step.keys(row)
-            cache[:, :, source, :, :length] = filled[:, :, source, :, :length]
-            cache[:, :, slot, :, length:keys] = filled[:, :, slot, :, length:keys]
+    for row in step.used:
+        keys, slot, source, length = step.keys(row)
+        cache[:, :, source, :, :length] = filled[:, :, source, :, :length]
+        cache[:, :, slot, :, length:keys] = filled[:, :, slot, :, length:keys]
     return step
 
 
 def oracle(step: Step, layer: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Plain attention of every row, in ``dtype``; 0 for rows that are skipped."""
+    """Plain attention of every row that has a slot, in ``dtype``."""
     heads, head_size = step.cache.shape[3], step.cache.shape[5]
-    out = torch.zeros(len(step.rows), heads * head_size, dtype=dtype, device=DEVICE)
-    for row in range(len(step.rows)):
-        if not step.evaluated(row):
-            continue
+    out = []
+    for row in step.used:
         keys, slot, source, length = step.keys(row)
         own, shared = step.cache[layer, :, slot], step.cache[layer, :, source]
         k, v = torch.cat((shared[:, :, :length], own[:, :, length:keys]), 2).to(dtype)
         q = step.q[row].to(dtype).view(heads, 1, head_size)
         scores = q @ k.transpose(1, 2) * step.scales[layer].to(dtype)
-        out[row] = (scores.softmax(-1) @ v).flatten()
-    return out
+        out.append((scores.softmax(-1) @ v).flatten())
+    return torch.stack(out)
 
 
-@dataclass
-class Result:
-    out: Tensor
-    partial: Tensor
-    sums: Tensor
+def run(step: Step, layer: int, splits: int, block: int = 16, programs: int = 3) -> StepBuffers:
+    """On so many programs, with tiles of ``block`` keys; unwritten results are NaN."""
+    rows, heads, head_size = len(step.rows), step.cache.shape[3], step.cache.shape[5]
+    row_slots, row_offsets = torch.tensor(step.rows, dtype=torch.int32, device=DEVICE).t()
+    none = torch.empty(0)
+    buffers = StepBuffers(
+        splits=splits,
+        slots=row_slots.contiguous(),
+        offsets=row_offsets.contiguous(),
+        query=step.q,
+        merged=torch.full_like(step.q, NAN),
+        partial=torch.full((rows, heads, splits, head_size), NAN, device=DEVICE),
+        sums=torch.full((rows, heads, splits), NAN, device=DEVICE),
+        **dict.fromkeys(set(StepBuffers.__dataclass_fields__) - WRITTEN, none),  # type: ignore
+    )
+    weights = cast(DecodeWeights, SimpleNamespace(scales=step.scales, heads=heads))
+    with pytest.MonkeyPatch.context() as patch, assume(Target((9, 0), programs, 227 << 10)):
+        config = configs.DecodeConfig(block, warps=4, stages=1)
+        patch.setattr(configs, "engine_attention", lambda *_: config)
+        patch.setattr(configs, "ENGINE_ATTENTION_PROGRAMS", 1)
+        launch_attend(weights, step.state, step.cache, buffers, layer)
+        if splits > 1:
+            launch_combine(weights, buffers)
+    return buffers
 
 
-def run(
-    step: Step, layer: int, splits: int, block: int, programs: int = 3, stages: int = 1
-) -> Result:
-    rows, (_, _, slots, heads, capacity, head_size) = len(step.rows), step.cache.shape
-    state, device = step.state, step.q.device
-    int32 = {"dtype": torch.int32, "device": device}
-    partial = torch.full((rows, heads, splits, head_size), NAN, device=device)
-    sums = torch.full((rows, heads, splits), NAN, device=device)
-    out = torch.full_like(step.q, NAN)
-    row_slots, row_offsets = torch.tensor(step.rows, **int32).t().contiguous()
-    direct = splits == 1
-    _attention_kernel[(programs,)](
-        step.q, step.cache, step.scales,
-        out if direct else None, None if direct else partial, None if direct else sums,
-        row_slots, row_offsets, state.lengths, state.status,
-        state.prefix_slots, state.prefix_lengths,
-        layer, slots, capacity,
-        M=rows, HEADS=heads, HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size),
-        BLOCK_S=block, SPLITS=splits, STAGES=stages,
-    )  # fmt: skip
-    if not direct:
-        _combine_kernel[(2,)](
-            partial, sums, out,
-            M=rows, HEADS=heads, HEAD_SIZE=head_size, SPLITS=splits, BLOCK=64,
-        )  # fmt: skip
-    return Result(out, partial, sums)
-
-
-def check(step: Step, layer: int, splits: int, block: int = 16, programs: int = 3) -> Result:
-    result = run(step, layer, splits, block, programs)
-    live = [row for row in range(len(step.rows)) if step.evaluated(row)]
-    plain = oracle(step, layer, step.q.dtype)[live].to(step.q.dtype)
-    assert_close("attention", "forward", result.out[live], oracle(step, layer)[live], plain)
-    return result
+def check(step: Step, layer: int, splits: int, block: int = 16, programs: int = 3) -> StepBuffers:
+    buffers = run(step, layer, splits, block, programs)
+    plain = oracle(step, layer, step.q.dtype).to(step.q.dtype)
+    assert_close("attention", "forward", buffers.merged[step.used], oracle(step, layer), plain)
+    return buffers
 
 
 # Plain decoding, one slot's drafts, a short prompt, and padding between.
@@ -229,14 +192,10 @@ def test_shared_prefix(length: int, splits: int) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_skipped_rows_are_left_alone(splits: int) -> None:
-    step = make_step([(0, 0), (-1, 0), (1, 0), (2, 0), (3, 0), (4, 0)], [40] * 5)
-    step.state.status.copy_(torch.tensor([RUNNING, EOS, LIMIT, BROKEN, IDLE, IDLE]))
-    result = check(step, 0, splits)
-    for row in (1, 2, 3, 4):
-        written = result.out if splits == 1 else result.partial
-        assert written[row].isnan().all()
-    assert step.evaluated(5)
+def test_rows_without_a_slot_are_left_alone(splits: int) -> None:
+    buffers = check(make_step([(-1, 0), (0, 0), (-1, 0)], [40]), 0, splits)
+    for row in (0, 2):
+        assert (buffers.merged if splits == 1 else buffers.partial)[row].isnan().all()
 
 
 def test_positions_behind_the_capacity_read_nothing_behind_it() -> None:
@@ -252,12 +211,12 @@ def test_large_scores() -> None:
 def test_prologue_merges_blocks_of_channels() -> None:
     step = make_step(DRAFTS[:3], LENGTHS, head_size=40)
     result = check(step, 0, 5)
-    merged = torch.full_like(result.out, NAN)
+    merged = torch.full_like(result.merged, NAN)
     _prologue_kernel[(2,)](
         result.partial, result.sums, merged,
         M=3, HEADS=HEADS, HEAD_SIZE=40, SPLITS=5, BLOCK=64, ROWS=4,
     )  # fmt: skip
-    assert torch.equal(merged, result.out)
+    assert torch.equal(merged, result.merged)
 
 
 def test_float8_cache() -> None:
@@ -272,5 +231,15 @@ def test_cache_dtypes() -> None:
     check_cache_dtype(torch.float8_e4m3fn, CHIPS[90])
     with pytest.raises(ValueError, match=r"8\.9 or later; this GPU has 8\.0"):
         check_cache_dtype(torch.float8_e4m3fn, CHIPS[80])
-    with pytest.raises(ValueError, match="got torch.int8"):
+    with pytest.raises(ValueError, match="one of float32, float16, bfloat16, float8_e4m3fn; got"):
         check_cache_dtype(torch.int8, CHIPS[90])
+
+
+def test_splits_fill_the_chip_within_what_a_projection_merges() -> None:
+    chip = CHIPS[90]
+    assert configs.engine_splits(1, 12, 1, 64, chip) == 1
+    assert configs.engine_splits(1, 12, 512, 64, chip) == 8
+    assert configs.engine_splits(4, 12, 1024, 64, chip) == 8
+    assert configs.engine_splits(64, 12, 1024, 64, chip) == 1
+    for rows in (1, 2, 4, 8, 64):
+        assert configs.engine_splits(rows, 12, 8192, 64, chip) <= 16

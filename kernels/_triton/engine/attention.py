@@ -10,17 +10,23 @@ length, which only the device knows, decides what a split reads. Splits leave no
 and the base-2 logarithms of their sums; who reads these merges them: the projection behind, in its
 prologue (`merged_heads`), or for many rows a phase of its own (`combine_phase`).
 
-Rows without a slot (-1) and rows of slots that have ended are skipped: nothing of theirs is
-written. All that an earlier phase may have written in the same launch is read from L2 (``.cg``).
+Rows without a slot (-1) are skipped: nothing of theirs is written. What an earlier phase may have
+written in the same launch is read from L2 (``.cg``).
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from gpt2fast.kernels._triton import configs
 from gpt2fast.kernels._triton.common import LOG2_E
 from gpt2fast.kernels._triton.decode import attend_one, shift_of
-from gpt2fast.kernels._triton.target import Target
+from gpt2fast.kernels._triton.engine.barrier import allow_next, wait_for_previous
+from gpt2fast.kernels._triton.target import Target, current_target
+from gpt2fast.kernels.decode_state import DecodeState
+from gpt2fast.kernels.decode_step import StepBuffers
+from gpt2fast.kernels.packing import DecodeWeights
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -29,10 +35,10 @@ CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3f
 def attention_phase(
     program, programs,
     q_ptr, cache_ptr, scales_ptr, out_ptr, partial_ptr, sums_ptr,
-    row_slots_ptr, row_offsets_ptr, lengths_ptr, status_ptr, prefix_slots_ptr, prefix_lengths_ptr,
+    row_slots_ptr, row_offsets_ptr, lengths_ptr, prefix_slots_ptr, prefix_lengths_ptr,
     layer, slots, capacity,
     M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr = 1,
+    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """All splits of all heads of M rows, dealt out among the programs.
 
@@ -47,61 +53,58 @@ def attention_phase(
     mask_d = offs_d < HEAD_SIZE
     scale = tl.load(scales_ptr + layer) * LOG2_E
     # Rows outermost: programs beside each other read one row's keys, and each gets its part of
-    # long rows, short ones and those that are skipped.
+    # long rows and short ones.
     for item in range(program, M * HEADS * SPLITS, programs):
         split = item % SPLITS
         head = item // SPLITS % HEADS
         row = item // (SPLITS * HEADS)
         slot = tl.load(row_slots_ptr + row)
         if slot >= 0:
-            if tl.load(status_ptr + slot, cache_modifier=".cg") <= 0:
-                offset = tl.load(row_offsets_ptr + row)
-                position = tl.load(lengths_ptr + slot, cache_modifier=".cg") + offset
-                keys = tl.minimum(position + 1, capacity)
-                prefix_slot = tl.load(prefix_slots_ptr + slot)
-                prefix_length = tl.load(prefix_lengths_ptr + slot)
-                share = tl.cdiv(keys, SPLITS * BLOCK_S) * BLOCK_S
-                low = split * share
-                high = tl.minimum(low + share, keys)
+            offset = tl.load(row_offsets_ptr + row)
+            position = tl.load(lengths_ptr + slot, cache_modifier=".cg") + offset
+            keys = tl.minimum(position + 1, capacity)
+            prefix_slot = tl.load(prefix_slots_ptr + slot)
+            prefix_length = tl.load(prefix_lengths_ptr + slot)
+            share = tl.cdiv(keys, SPLITS * BLOCK_S) * BLOCK_S
+            low = split * share
+            high = tl.minimum(low + share, keys)
 
-                q_offset = (tl.cast(row, tl.int64) * HEADS + head) * HEAD_SIZE + offs_d
-                q = tl.load(q_ptr + q_offset, mask=mask_d, other=0.0, cache_modifier=".cg")
-                q = (q.to(tl.float32) * scale)[None, :]
-                # In units of one head's positions; each factor keeps the divisibility of the sizes.
-                plane = tl.cast(slots, tl.int64) * HEADS * capacity
-                own = (slot.to(tl.int64) * HEADS + head) * capacity
-                other = (prefix_slot.to(tl.int64) * HEADS + head) * capacity
-                key_ptr = (
-                    cache_ptr + tl.cast(layer, tl.int64) * 2 * plane * HEAD_SIZE + offs_d[None, :]
-                )
-                value_ptr = key_ptr + plane * HEAD_SIZE
+            q_offset = (tl.cast(row, tl.int64) * HEADS + head) * HEAD_SIZE + offs_d
+            q = tl.load(q_ptr + q_offset, mask=mask_d, other=0.0, cache_modifier=".cg")
+            q = (q.to(tl.float32) * scale)[None, :]
+            # In units of one head's positions; each factor keeps the divisibility of the sizes.
+            plane = tl.cast(slots, tl.int64) * HEADS * capacity
+            own = (slot.to(tl.int64) * HEADS + head) * capacity
+            other = (prefix_slot.to(tl.int64) * HEADS + head) * capacity
+            key_ptr = cache_ptr + tl.cast(layer, tl.int64) * 2 * plane * HEAD_SIZE + offs_d[None, :]
+            value_ptr = key_ptr + plane * HEAD_SIZE
 
-                top = tl.full([BLOCK_S], -float("inf"), tl.float32)
-                total = tl.zeros([BLOCK_S], tl.float32)
-                acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-                for block in tl.range(low, high, BLOCK_S, num_stages=STAGES):
-                    key = block + offs_s
-                    allowed = key < high
-                    index = (tl.where(key < prefix_length, other, own) + key)[:, None] * HEAD_SIZE
-                    # What lies behind the keys may be NaN: it is not loaded.
-                    mask = allowed[:, None] & mask_d[None, :]
-                    k = tl.load(key_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
-                    v = tl.load(value_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
-                    top, total, acc = attend_one(q, k, v, allowed, top, total, acc)
+            top = tl.full([BLOCK_S], -float("inf"), tl.float32)
+            total = tl.zeros([BLOCK_S], tl.float32)
+            acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+            for block in range(low, high, BLOCK_S):
+                key = block + offs_s
+                allowed = key < high
+                index = (tl.where(key < prefix_length, other, own) + key)[:, None] * HEAD_SIZE
+                # What lies behind the keys may be NaN: it is not loaded.
+                mask = allowed[:, None] & mask_d[None, :]
+                k = tl.load(key_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
+                v = tl.load(value_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
+                top, total, acc = attend_one(q, k, v, allowed, top, total, acc)
 
-                # Merge the softmaxes of a tile's key slots.
-                largest = tl.max(top, 0)
-                factor = tl.exp2(top - shift_of(largest))
-                whole = tl.sum(total * factor, 0)
-                whole = tl.where(whole > 0.0, whole, 1.0)  # 0 for a split without keys
-                result = tl.sum(acc * factor[:, None], 0) / whole
-                if SPLITS == 1:
-                    result = result.to(out_ptr.dtype.element_ty)
-                    tl.store(out_ptr + q_offset, result, mask=mask_d)
-                else:
-                    part = (tl.cast(row, tl.int64) * HEADS + head) * SPLITS + split
-                    tl.store(partial_ptr + part * HEAD_SIZE + offs_d, result, mask=mask_d)
-                    tl.store(sums_ptr + part, largest + tl.log2(whole))
+            # Merge the softmaxes of a tile's key slots.
+            largest = tl.max(top, 0)
+            factor = tl.exp2(top - shift_of(largest))
+            whole = tl.sum(total * factor, 0)
+            whole = tl.where(whole > 0.0, whole, 1.0)  # 0 for a split without keys
+            result = tl.sum(acc * factor[:, None], 0) / whole
+            if SPLITS == 1:
+                result = result.to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + q_offset, result, mask=mask_d)
+            else:
+                part = (tl.cast(row, tl.int64) * HEADS + head) * SPLITS + split
+                tl.store(partial_ptr + part * HEAD_SIZE + offs_d, result, mask=mask_d)
+                tl.store(sums_ptr + part, largest + tl.log2(whole))
 
 
 @triton.jit
@@ -148,6 +151,81 @@ def combine_phase(
         merged = merged_heads(partial_ptr, sums_ptr, row, channel, mask, HEADS, HEAD_SIZE, SPLITS)
         out = out_ptr + tl.cast(row, tl.int64) * CHANNELS + channel
         tl.store(out, merged.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["layer", "slots", "capacity"])
+def _attend_kernel(
+    q_ptr, cache_ptr, scales_ptr, out_ptr, partial_ptr, sums_ptr,
+    row_slots_ptr, row_offsets_ptr, lengths_ptr, prefix_slots_ptr, prefix_lengths_ptr,
+    layer, slots, capacity,
+    M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`attention_phase` on a grid of any size."""
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    attention_phase(
+        tl.program_id(0), tl.num_programs(0),
+        q_ptr, cache_ptr, scales_ptr, out_ptr, partial_ptr, sums_ptr,
+        row_slots_ptr, row_offsets_ptr, lengths_ptr, prefix_slots_ptr, prefix_lengths_ptr,
+        layer, slots, capacity,
+        M, HEADS, HEAD_SIZE, BLOCK_D, BLOCK_S, SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr, sums_ptr, out_ptr,
+    M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`combine_phase` on a grid of any size."""
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    combine_phase(
+        tl.program_id(0), tl.num_programs(0), partial_ptr, sums_ptr, out_ptr,
+        M, HEADS, HEAD_SIZE, SPLITS, BLOCK,
+    )  # fmt: skip
+
+
+def launch_attend(
+    weights: DecodeWeights,
+    state: DecodeState,
+    cache: Tensor,
+    buffers: StepBuffers,
+    layer: int,
+    pdl: bool = False,
+) -> None:
+    """One layer's attention: ``buffers.query`` and the cache ``[L, 2, S, H, capacity, D]`` into
+    ``merged`` with one split, else ``partial`` and ``sums``."""
+    _, _, slots, heads, capacity, head_size = cache.shape
+    rows, splits = buffers.rows, buffers.splits
+    direct = splits == 1
+    config = configs.engine_attention(cache.element_size(), head_size)
+    programs = configs.ENGINE_ATTENTION_PROGRAMS * current_target(cache.device).multiprocessors
+    _attend_kernel[(min(rows * heads * splits, programs),)](
+        buffers.query, cache, weights.scales,
+        buffers.merged if direct else None,
+        None if direct else buffers.partial, None if direct else buffers.sums,
+        buffers.slots, buffers.offsets,
+        state.lengths, state.prefix_slots, state.prefix_lengths,
+        layer, slots, capacity,
+        M=rows, HEADS=heads, HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size),
+        BLOCK_S=config.block_s, SPLITS=splits, PDL=pdl,
+        num_warps=config.warps, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def launch_combine(weights: DecodeWeights, buffers: StepBuffers, pdl: bool = False) -> None:
+    """Merge the splits in ``buffers``: ``partial`` and ``sums`` into ``merged``."""
+    rows, splits = buffers.rows, buffers.splits
+    width = buffers.merged.shape[1]
+    block = configs.ENGINE_COMBINE_BLOCK
+    _combine_kernel[(rows * triton.cdiv(width, block),)](
+        buffers.partial, buffers.sums, buffers.merged,
+        M=rows, HEADS=weights.heads, HEAD_SIZE=width // weights.heads, SPLITS=splits, BLOCK=block,
+        PDL=pdl, num_warps=configs.ENGINE_COMBINE_WARPS, launch_pdl=pdl,
+    )  # fmt: skip
 
 
 def check_cache_dtype(dtype: torch.dtype, target: Target) -> None:
