@@ -28,7 +28,7 @@ from gpt2fast.kernels._triton.engine.barrier import (
     allow_next,
     arrive,
     first_epoch,
-    prefetch_share,
+    prefetch,
     wait,
     wait_for_previous,
 )
@@ -81,10 +81,10 @@ def _read_kernel(x_ptr, out_ptr, share, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_kernel(x_ptr, size, BULK: tl.constexpr, PREFETCH: tl.constexpr):
-    """``size`` bytes of x into L2."""
+def _prefetch_kernel(x_ptr, share, BULK: tl.constexpr, PREFETCH: tl.constexpr):
+    """A program's share of x, int8, into L2; share: bytes, a multiple of 16."""
     if PREFETCH:
-        prefetch_share(tl.program_id(0), tl.num_programs(0), x_ptr, size, BULK)
+        prefetch(x_ptr + tl.program_id(0).to(tl.int64) * share, share, BULK)
 
 
 class _Probes:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2fast.kernels._triton.engine.barrier import arrive, first_epoch, hold, prefetch_share, wait
+from gpt2fast.kernels._triton.engine.barrier import arrive, first_epoch, hold, prefetch, wait
 from gpt2fast.kernels._triton.target import CHIPS
 from tests.kernels import offline
 
@@ -38,7 +38,7 @@ def _exchange_kernel(
     for turn in tl.range(0, rounds):
         own_ptr = x_ptr + (turn % 2) * PROGRAMS * BLOCK
         tl.store(own_ptr + program * BLOCK + offs, turn + program + offs)
-        prefetch_share(program, PROGRAMS, weights_ptr, PROGRAMS * BLOCK * 16, BULK)
+        prefetch(weights_ptr.to(tl.pointer_type(tl.int8)) + program * BLOCK * 16, BLOCK * 16, BULK)
         arrive(counter_ptr)
         weights = tl.load(weights_ptr + program * BLOCK * 8 + tl.arange(0, BLOCK * 8))
         epoch = wait(counter_ptr, epoch, PROGRAMS)

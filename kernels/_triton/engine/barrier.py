@@ -124,17 +124,12 @@ def hold(tile):
 
 
 @triton.jit
-def prefetch_share(program, programs, ptr, size, BULK: tl.constexpr):
-    """Ask for this program's share of ``size`` bytes from ``ptr`` to be brought into L2.
+def prefetch(ptr, size, BULK: tl.constexpr):
+    """Ask for ``size`` bytes from ``ptr`` to be brought into L2; for none if it is not positive.
 
-    L2 belongs to all: the share need not be what this program will read. ptr: aligned to 16 bytes;
-    size: a multiple of 16. BULK: one instruction for the share, from compute capability 9.0 on;
-    otherwise one for every line.
+    ptr: to int8, aligned to 16 bytes; size: a multiple of 16. BULK: one instruction for all of
+    them, from compute capability 9.0 on; otherwise one for every line.
     """
-    share = tl.cdiv(tl.cdiv(size, programs), _LINE) * _LINE
-    begin = program * share
-    share = tl.minimum(share, size - begin)
-    begin_ptr = ptr.to(tl.pointer_type(tl.int8)) + begin
     if BULK:
         tl.inline_asm_elementwise(
             """
@@ -149,18 +144,18 @@ def prefetch_share(program, programs, ptr, size, BULK: tl.constexpr):
             }
             """,
             "=r,l,r",
-            [begin_ptr, share],
+            [ptr, size],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
         offs = tl.arange(0, 128) * _LINE
-        for line in tl.range(0, share, 128 * _LINE):
+        for line in tl.range(0, size, 128 * _LINE):
             tl.inline_asm_elementwise(
                 "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
                 "=r,l",
-                [begin_ptr + tl.minimum(line + offs, share - 1)],
+                [ptr + tl.minimum(line + offs, size - 1)],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
