@@ -439,3 +439,30 @@ def decode_rows_keep(rows: int, inputs: int) -> bool:
 
 
 DECODE_EMBED_BLOCK = 256  # columns a program; predicted
+
+# The kernel of a whole step, ``engine/persistent.py``. 128 programs divide the models' widths
+# evenly where the multiprocessors, 132 or 148, do not; 8 warps may have 255 registers a thread.
+# All predicted.
+PERSISTENT_PROGRAMS = 128
+PERSISTENT_WARPS = 8
+# Bytes of the next weights that a program asks for in L2: 8 MB in all, of which nothing that is
+# needed before is displaced.
+PERSISTENT_AHEAD = 64 << 10
+_PERSISTENT_LOADS = 16  # of 16 bytes a thread, at a time: 64 KB on their way to a multiprocessor
+
+
+def persistent_tile(
+    outputs: int, inputs: int, bits: int, rows: int, programs: int
+) -> DecodeRowsTile:
+    """All that a program multiplies in a phase at once, where the registers hold it. Predicted.
+
+    Otherwise in equal parts; sums take as many registers as weights, for every row.
+    """
+    lanes = 512 if bits == 4 else 4096 // bits
+    chunks = -(-inputs // lanes)
+    a_warp = -(-outputs // (programs * PERSISTENT_WARPS))
+    most = min(a_warp, max(1, _PERSISTENT_LOADS // chunks), max(1, 8 // rows))
+    repeat = -(-a_warp // -(-a_warp // most))
+    most = min(chunks, _PERSISTENT_LOADS // repeat)
+    unroll = -(-chunks // -(-chunks // most))
+    return DecodeRowsTile(PERSISTENT_WARPS, repeat, unroll, programs=1)
