@@ -8,6 +8,10 @@ from torch import Tensor
 from gpt2fast.kernels.decode_state import DecodeState
 
 
+class OutOfMemory(RuntimeError):
+    """There is no memory for what a runner was to do. Nothing of it was done."""
+
+
 class Runner(Protocol):
     """A model with a cache of S slots.
 
