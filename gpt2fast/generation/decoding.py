@@ -1,8 +1,8 @@
 """Decoding token by token: a checked request, and the model's state on its batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,14 @@ from torch import Tensor
 from gpt2fast.cache import KVCache, is_foreign
 from gpt2fast.generation.options import GenerationOptions, ScoresProcessor
 from gpt2fast.generation.prompts import Prompts, prepare_prompts
-from gpt2fast.generation.sampling import build_processors
-from gpt2fast.generation.stopping import Stopping, StopStrings
+from gpt2fast.generation.sampling import (
+    RandomRows,
+    build_processors,
+    check_scores,
+    row_streams,
+    sample,
+)
+from gpt2fast.generation.stopping import FINISH_REASONS, RUNNING, Stopping, StopStrings
 from gpt2fast.transformer import compute_dtype
 
 if TYPE_CHECKING:
@@ -30,6 +36,7 @@ class Request:
         eos, pad: ids that end a row, and the one that fills it up afterwards.
         allowed: how many new tokens each prompt's row may have.
         requested: how many were asked for.
+        streams: of random numbers, (seed, index) for each row; None where nothing is drawn.
     """
 
     options: GenerationOptions
@@ -39,6 +46,7 @@ class Request:
     pad: int
     allowed: Sequence[int]
     requested: int
+    streams: Sequence[tuple[int, int]] | None
 
     @classmethod
     def prepare(
@@ -82,7 +90,8 @@ class Request:
                 # The last position's prediction is one token more than the context.
                 allowed[i] = min(requested, config.n_positions + 1 - length)
         past = _check_past(past_key_values, prompts.ids.shape[1])
-        return cls(options, prompts, past, eos, pad, allowed, requested)
+        streams = row_streams(options, len(prompts.lengths)) if options.do_sample else None
+        return cls(options, prompts, past, eos, pad, allowed, requested, streams)
 
     @property
     def new_tokens(self) -> int:
@@ -227,3 +236,89 @@ class Decoder:
         self.past = body.past_key_values
         logits: Tensor = self._model.lm_head(body.last_hidden_state[:, -1])
         return logits.float()
+
+
+class Decoding:
+    """Greedy decoding or sampling of a request.
+
+    Attributes:
+        sequences: ``[R, T]``, prompts and everything generated so far.
+        reasons: ``[R]``, codes of `gpt2fast.generation.stopping.FINISH_REASONS`.
+    """
+
+    def __init__(self, decoder: Decoder, request: Request) -> None:
+        options = request.options
+        copies, prompts = options.num_return_sequences, request.prompts
+        self._decoder = decoder
+        self._request = request
+        self.sequences = prompts.ids.repeat_interleave(copies, 0)
+        self.reasons = torch.zeros(len(self.sequences), dtype=torch.int8, device=prompts.ids.device)
+        self._random: RandomRows | None = None
+        if request.streams is not None:
+            self._random = RandomRows(request.streams, prompts.ids.device)
+
+    @property
+    def past(self) -> KVCache | None:
+        """Keys and values of every token but the last of each row; None once a row has slid."""
+        return None if self._decoder.slid else self._decoder.past
+
+    def lines(self) -> Iterator["Line"]:
+        """Generate, pausing after each token, with everything on the host."""
+        for step in self.steps():
+            before, codes = step.ended.tolist(), self.reasons.tolist()
+            tokens = step.tokens.tolist()
+            yield Line(
+                [None if end else t for t, end in zip(tokens, before, strict=True)],
+                [None if code == RUNNING else FINISH_REASONS[code] for code in codes],
+                step.logprobs().tolist() if self._request.options.output_logprobs else None,
+            )
+
+    @torch.no_grad()
+    def steps(self) -> Iterator["Step"]:
+        """Generate, pausing after each token."""
+        request, copies = self._request, self._request.options.num_return_sequences
+        stopping, processors = request.stopping(), request.processors(copies)
+        for count in range(1, request.new_tokens + 1):
+            ended = self.reasons != RUNNING
+            if count == 1:
+                logits = self._decoder.prefill(request.prompts.ids).repeat_interleave(copies, 0)
+                self._decoder.expand(copies)
+            else:
+                logits = self._decoder.step(self.sequences, ended)
+            scores = logits
+            for process in processors:
+                scores = process(self.sequences, scores)
+            check_scores(scores)
+            if self._random is None:
+                tokens = scores.argmax(-1)
+            else:
+                tokens = sample(scores, self._random.draw())
+            tokens = tokens.masked_fill(ended, request.pad)
+            self.sequences = torch.cat((self.sequences, tokens[:, None]), dim=1)
+            self.reasons = torch.where(ended, self.reasons, stopping(self.sequences, count))
+            yield Step(tokens, ended, logits, scores)
+            if stopping.all_ended(self.reasons, count):
+                break
+
+
+class Step(NamedTuple):
+    """``[R]`` new tokens, ``[R]`` rows that had ended before, ``[R, V]`` logits and scores."""
+
+    tokens: Tensor
+    ended: Tensor
+    logits: Tensor
+    scores: Tensor
+
+    def logprobs(self) -> Tensor:
+        """``[R]``, of the tokens under the model; 0 for rows that had ended."""
+        logprobs = self.logits.log_softmax(-1).gather(1, self.tokens[:, None]).squeeze(1)
+        return logprobs.masked_fill(self.ended, 0)
+
+
+class Line(NamedTuple):
+    """A step's new token of each row (None after its end), why it has ended, and log-probabilities
+    where they are asked for."""
+
+    token_ids: list[int | None]
+    finish_reasons: list[str | None]
+    logprobs: list[float] | None

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from gpt2fast.generation.beams import BeamSearch
-from gpt2fast.generation.decoding import Decoder, Request
+from gpt2fast.generation.decoding import Decoder, Decoding, Line, Request
 from gpt2fast.generation.options import GenerationOptions
-from gpt2fast.generation.sampling import RandomRows, check_scores, row_streams, sample
-from gpt2fast.generation.stopping import FINISH_REASONS, LENGTH, RUNNING
+from gpt2fast.generation.served import Served
+from gpt2fast.generation.stopping import FINISH_REASONS, LENGTH
 from gpt2fast.outputs import ModelOutput
 from gpt2fast.tokenizer import GPT2Tokenizer, StreamDecoder
 
@@ -69,68 +69,6 @@ class StreamStep(NamedTuple):
     logprobs: list[float] | None
 
 
-class Decoding:
-    """Greedy decoding or sampling of a request.
-
-    Attributes:
-        sequences: ``[R, T]``, prompts and everything generated so far.
-        reasons: ``[R]``, codes of `gpt2fast.generation.stopping.FINISH_REASONS`.
-    """
-
-    def __init__(self, decoder: Decoder, request: Request) -> None:
-        options = request.options
-        copies, prompts = options.num_return_sequences, request.prompts
-        self.decoder = decoder
-        self._request = request
-        self.sequences = prompts.ids.repeat_interleave(copies, 0)
-        self.reasons = torch.zeros(len(self.sequences), dtype=torch.int8, device=prompts.ids.device)
-        self._random: RandomRows | None = None
-        if options.do_sample:
-            streams = row_streams(options, len(prompts.lengths))
-            self._random = RandomRows(streams, prompts.ids.device)
-
-    @torch.no_grad()
-    def steps(self) -> Iterator["_Step"]:
-        """Generate, pausing after each token."""
-        request, copies = self._request, self._request.options.num_return_sequences
-        stopping, processors = request.stopping(), request.processors(copies)
-        for count in range(1, request.new_tokens + 1):
-            ended = self.reasons != RUNNING
-            if count == 1:
-                logits = self.decoder.prefill(request.prompts.ids).repeat_interleave(copies, 0)
-                self.decoder.expand(copies)
-            else:
-                logits = self.decoder.step(self.sequences, ended)
-            scores = logits
-            for process in processors:
-                scores = process(self.sequences, scores)
-            check_scores(scores)
-            if self._random is None:
-                tokens = scores.argmax(-1)
-            else:
-                tokens = sample(scores, self._random.draw())
-            tokens = tokens.masked_fill(ended, request.pad)
-            self.sequences = torch.cat((self.sequences, tokens[:, None]), dim=1)
-            self.reasons = torch.where(ended, self.reasons, stopping(self.sequences, count))
-            yield _Step(tokens, ended, logits, scores)
-            if stopping.all_ended(self.reasons, count):
-                break
-
-
-class _Step(NamedTuple):
-    """``[R]`` new tokens, ``[R]`` rows that had ended before, ``[R, V]`` logits and scores."""
-
-    tokens: Tensor
-    ended: Tensor
-    logits: Tensor
-    scores: Tensor
-
-    def logprobs(self) -> Tensor:
-        """``[R]``, of the tokens under the model; 0 for rows that had ended."""
-        logprobs = self.logits.log_softmax(-1).gather(1, self.tokens[:, None]).squeeze(1)
-        return logprobs.masked_fill(self.ended, 0)
-
-
 class GenerationMixin:
     """Adds `generate` and `stream` to a model with a transformer and a language-model head."""
 
@@ -185,6 +123,10 @@ class GenerationMixin:
             generator: a ``torch.Generator`` to draw the seed from; default torch's global one, so
                 that ``torch.manual_seed`` repeats a call.
             num_return_sequences: rows for each prompt.
+            prompt_lookup_num_tokens: propose up to so many tokens at once, where the last few
+                occurred before in the row, and keep those that would have been generated anyway:
+                faster where a text repeats itself, and the tokens are the same, drawn ones too.
+            max_matching_ngram_size: how many tokens that are at most; default 2.
             num_beams: the width of a beam search, without sampling.
             length_penalty: see ``sequences_scores`` in `GenerateOutput`; above 0 favours length.
             early_stopping: of a beam search: True ends it with ``num_beams`` ended hypotheses,
@@ -211,15 +153,19 @@ class GenerationMixin:
         """
         model = cast("LanguageModel", self)
         request = _prepare(model, input_ids, inputs, attention_mask, past_key_values, options)
-        decoder = Decoder(model, request)
         if request.options.num_beams > 1:
             if streamer is not None:
                 raise ValueError(
                     "a beam search cannot be streamed: its tokens are known at the end"
                 )
-            output = _search(decoder, request)
+            output = _search(Decoder(model, request), request)
+        elif (served := Served.of(model, request)) is not None:
+            try:
+                output = _serve(served, request, streamer)
+            finally:
+                served.close()
         else:
-            output = _decode(decoder, request, streamer)
+            output = _decode(Decoding(Decoder(model, request), request), request, streamer)
         ids = input_ids if inputs is None else inputs
         if isinstance(ids, Tensor):
             output.sequences = output.sequences.to(ids.device)
@@ -259,7 +205,7 @@ class GenerationMixin:
                 "the text of a stream needs a gpt2fast.tokenizer.GPT2Tokenizer; "
                 f"got {type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
             )
-        return _stream(Decoding(Decoder(model, request), request), request)
+        return _stream(model, request)
 
 
 def _prepare(
@@ -283,9 +229,27 @@ def _reasons(codes: Tensor) -> tuple[str, ...]:
     return tuple(FINISH_REASONS[code or LENGTH] for code in codes.tolist())
 
 
-def _decode(decoder: Decoder, request: Request, streamer: Any) -> GenerateOutput:
+def _serve(served: Served, request: Request, streamer: Any) -> GenerateOutput:
     options = request.options
-    decoding = Decoding(decoder, request)
+    if streamer is None:
+        served.run()
+    else:
+        prompts = request.prompts.ids.repeat_interleave(options.num_return_sequences, 0)
+        streamer.put(prompts.cpu())
+        for line in served.lines():
+            ids = [request.pad if token is None else token for token in line.token_ids]
+            streamer.put(torch.tensor(ids, device="cpu"))
+        streamer.end()
+    return GenerateOutput(
+        sequences=served.sequences(),
+        past_key_values=served.past() if options.return_dict_in_generate else None,
+        logprobs=served.logprobs() if options.output_logprobs else None,
+        finish_reasons=served.finish_reasons,
+    )
+
+
+def _decode(decoding: Decoding, request: Request, streamer: Any) -> GenerateOutput:
+    options = request.options
     scores: list[Tensor] = []
     logits: list[Tensor] = []
     logprobs: list[Tensor] = []
@@ -306,7 +270,7 @@ def _decode(decoder: Decoder, request: Request, streamer: Any) -> GenerateOutput
         sequences=decoding.sequences,
         scores=tuple(scores) if options.output_scores else None,
         logits=tuple(logits) if options.output_logits else None,
-        past_key_values=None if decoder.slid else decoder.past,
+        past_key_values=decoding.past,
         logprobs=_columns(logprobs, decoding.sequences) if options.output_logprobs else None,
         finish_reasons=_reasons(decoding.reasons),
     )
@@ -338,32 +302,37 @@ def _search(decoder: Decoder, request: Request) -> GenerateOutput:
     )
 
 
-def _stream(decoding: Decoding, request: Request) -> Iterator[StreamStep]:
-    options, tokenizer = request.options, request.options.tokenizer
-    decoders = None
+def _lines(model: "LanguageModel", request: Request) -> Iterator[Line]:
+    served = Served.of(model, request)
+    if served is None:
+        yield from Decoding(Decoder(model, request), request).lines()
+        return
+    try:
+        yield from served.lines()
+    finally:
+        served.close()
+
+
+def _stream(model: "LanguageModel", request: Request) -> Iterator[StreamStep]:
+    tokenizer, decoders = request.options.tokenizer, None
     if tokenizer is not None:
-        decoders = [StreamDecoder(tokenizer) for _ in range(len(decoding.sequences))]
-    for step in decoding.steps():
-        before, codes = step.ended.tolist(), decoding.reasons.tolist()
-        tokens = step.tokens.tolist()
-        token_ids = [None if end else t for t, end in zip(tokens, before, strict=True)]
+        rows = len(request.prompts.lengths) * request.options.num_return_sequences
+        decoders = [StreamDecoder(tokenizer) for _ in range(rows)]
+    for token_ids, reasons, logprobs in _lines(model, request):
         text = None
         if decoders is not None:
             text = [
-                _new_text(decoder, token, code, request.eos)
-                for decoder, token, code in zip(decoders, token_ids, codes, strict=True)
+                _new_text(decoder, token, reason, request.eos)
+                for decoder, token, reason in zip(decoders, token_ids, reasons, strict=True)
             ]
-        yield StreamStep(
-            token_ids,
-            text,
-            [None if code == RUNNING else FINISH_REASONS[code] for code in codes],
-            step.logprobs().tolist() if options.output_logprobs else None,
-        )
+        yield StreamStep(token_ids, text, reasons, logprobs)
 
 
-def _new_text(decoder: StreamDecoder, token: int | None, code: int, eos: Sequence[int]) -> str:
-    """The text that ``token`` completes in its row, which now is at ``code``."""
+def _new_text(
+    decoder: StreamDecoder, token: int | None, reason: str | None, eos: Sequence[int]
+) -> str:
+    """The text that ``token`` completes in its row, which has ended for ``reason``."""
     if token is None:
         return ""
     text = "" if token in eos else decoder.push(token)
-    return text if code == RUNNING else text + decoder.flush()
+    return text if reason is None else text + decoder.flush()

@@ -45,6 +45,8 @@ class GenerationOptions:
     tokenizer: Any = None
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
     context_policy: str = "stop"
     return_dict_in_generate: bool = False
     output_scores: bool = False
@@ -79,7 +81,12 @@ class GenerationOptions:
             _check_count(name, getattr(self, name), 0)
         for name in ("top_k", "no_repeat_ngram_size"):
             _check_count(name, getattr(self, name), 0)
-        for name in ("num_beams", "num_return_sequences"):
+        for name in (
+            "num_beams",
+            "num_return_sequences",
+            "prompt_lookup_num_tokens",
+            "max_matching_ngram_size",
+        ):
             _check_count(name, getattr(self, name), 1)
         temperature = self.temperature
         # Code in use turns sampling off and sets the temperature to 0 as well.
@@ -110,6 +117,11 @@ class GenerationOptions:
             raise ValueError(
                 f"num_return_sequences must be at most num_beams without sampling; "
                 f"got num_return_sequences={returned}, num_beams={beams}"
+            )
+        if beams > 1 and self.prompt_lookup_num_tokens is not None:
+            raise ValueError(
+                f"prompt_lookup_num_tokens={self.prompt_lookup_num_tokens} cannot be combined with "
+                f"num_beams={beams}"
             )
         if self.seed is not None and self.generator is not None:
             raise ValueError("give either seed or generator, and not both")

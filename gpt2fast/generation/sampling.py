@@ -162,10 +162,21 @@ def check_scores(scores: Tensor) -> None:
     """
     bad = ~scores.amax(-1).isfinite()
     if bad.any():
-        raise ValueError(
-            f"row {int(bad.nonzero()[0])} has no next token: its scores hold NaN or infinity, or "
-            "are all ruled out (broken weights, overflow in float16, or a logits_processor)"
-        )
+        raise no_next_token(int(bad.nonzero()[0]))
+
+
+def no_next_token(row: int) -> ValueError:
+    """The error for a row whose scores have no finite best."""
+    return ValueError(
+        f"row {row} has no next token: its scores hold NaN or infinity, or are all ruled out "
+        "(broken weights, overflow in float16, or a logits_processor)"
+    )
+
+
+def random_numbers(seed: int, index: int) -> np.random.Generator:
+    """The stream (seed, index) of random numbers: see `RandomRows`."""
+    key = np.array([seed % _UINT64, index], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 class RandomRows:
@@ -175,12 +186,7 @@ class RandomRows:
     """
 
     def __init__(self, streams: Sequence[tuple[int, int]], device: torch.device) -> None:
-        self._rows = [
-            np.random.Generator(
-                np.random.Philox(key=np.array([seed % _UINT64, index], dtype=np.uint64))
-            )
-            for seed, index in streams
-        ]
+        self._rows = [random_numbers(*stream) for stream in streams]
         self._device = device
         self._drawn = torch.empty(len(streams), 0, dtype=torch.float64)
         self._next = 0

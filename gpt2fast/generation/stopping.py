@@ -23,9 +23,11 @@ class StopStrings:
     def __call__(self, sequences: Tensor) -> Tensor:
         """``[B]`` boolean for ``[B, T]``: a stop string ends in the row's last token."""
         tails = sequences[:, -self._reach :].tolist()
-        return torch.tensor([self._ends(tail) for tail in tails], device=sequences.device)
+        return torch.tensor([self.ends(tail) for tail in tails], device=sequences.device)
 
-    def _ends(self, tail: list[int]) -> bool:
+    def ends(self, ids: list[int]) -> bool:
+        """Whether a stop string ends in the last of ``ids``."""
+        tail = ids[-self._reach :]
         text = self._tokenizer.decode(tail)
         before = self._tokenizer.decode(tail[:-1]) if len(tail) > 1 else ""
         # A character that the last token completes reads as U+FFFD before it.

@@ -162,7 +162,8 @@ def test_past_without_anything_new(model: GPT2LMHeadModel) -> None:
 def test_cache_is_allocated_once(
     make_pair: Any, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
 ) -> None:
-    """No step copies the past: one storage for the prompts, one more for their copies."""
+    """No step copies the past, where the model's forward pass generates, as for logits: one storage
+    for the prompts, one more for their copies."""
     model, _ = make_pair(n_positions=256)
     storages = []
     original = _Storage.__init__
@@ -172,7 +173,9 @@ def test_cache_is_allocated_once(
         original(self, *args)
 
     monkeypatch.setattr(_Storage, "__init__", count)
-    model.generate(torch.randint(8, 97, (1, 5)), max_new_tokens=200, eos_token_id=[], **way)
+    ids = torch.randint(8, 97, (1, 5))
+    keywords = {"output_logits": True, "return_dict_in_generate": True, **way}
+    model.generate(ids, max_new_tokens=200, eos_token_id=[], **keywords)
     assert len(storages) == (2 if way else 1)
 
 

@@ -1,0 +1,234 @@
+"""What a step does: the scheduler's plan carried out on a runner, and what it brought read back."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt2fast.engine.runner import Runner
+from gpt2fast.engine.scheduler import Chunk, Scheduler, Sequence
+from gpt2fast.generation.sampling import no_next_token, random_numbers
+from gpt2fast.kernels.decode_state import BROKEN, EOS, IDLE, MAX_EOS, RUNNING
+
+_MAX_DRAFTS = 63
+
+
+class Event(NamedTuple):
+    """What a step brought to one sequence.
+
+    Attributes:
+        sequence: which one.
+        token_ids: its new tokens: none, one, or with prompt lookup several.
+        finish_reason: why it has ended, or None.
+    """
+
+    sequence: Sequence
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+class Batch:
+    """The sequences of a runner. Not for several threads: `gpt2fast.engine.Engine` holds a lock.
+
+    Args:
+        prefill_tokens: how many tokens of prompts a step evaluates at most; None for no bound.
+    """
+
+    def __init__(self, runner: Runner, prefill_tokens: int | None) -> None:
+        self.scheduler = Scheduler(runner.slots, runner.shares_prefix)
+        self._runner = runner
+        self._prefill_tokens = prefill_tokens
+        # What was last written of each slot's settings: most are the same from one to the next.
+        self._written: dict[tuple[int, str], Any] = {}
+
+    def reap(self) -> None:
+        """Take back the slots of those that have ended."""
+        for slot in self.scheduler.reap():
+            self._runner.state.status[slot] = IDLE
+
+    def step(self) -> list[Event]:
+        """One step with everybody for whom somebody waits.
+
+        Raises:
+            RuntimeError: somebody waits and nothing came of it, so that another step would be
+                as useless.
+        """
+        before = [(s, len(s.token_ids)) for s in self.scheduler.unfinished()]
+        self.reap()
+        for sequence in self.scheduler.admit():
+            self._set_up(sequence)
+        started, idle = [], True
+        for chunk in self.scheduler.chunks(self._prefill_tokens):
+            self._prefill(chunk)
+            idle = False
+            if chunk.last and chunk.end > chunk.start:
+                started.append(chunk.sequence)
+        self._collect(started)
+        running = self.scheduler.running()
+        self._advance(running)
+        if idle and not running and any(s.hungry for s, _ in before):
+            raise RuntimeError("no sequence can go on, though some have not ended")
+        return [
+            Event(s, s.token_ids[count:], s.finish_reason)
+            for s, count in before
+            if len(s.token_ids) > count or s.finish_reason is not None
+        ]
+
+    def keys_values(self, sequence: Sequence, length: int, pad: int) -> list[Tensor]:
+        """See `gpt2fast.engine.Engine.keys_values`."""
+        runner, slot = self._runner, sequence.slot
+        start, end = len(sequence.tokens) - 1, min(length, runner.capacity)
+        if start < end:
+            tokens = runner.state.tokens
+            tokens[slot, start] = sequence.tokens[-1]
+            tokens[slot, start + 1 : end] = pad
+            runner.state.status[slot] = IDLE
+            runner.prefill(slot, start, end)
+        layers = runner.keys_values(slot, end)
+        return [torch.nn.functional.pad(kv, (0, 0, 0, length - end)) for kv in layers]
+
+    def _set_up(self, sequence: Sequence) -> None:
+        """Write what a new sequence brings into its slot."""
+        state, slot, options = self._runner.state, sequence.slot, sequence.options
+        device, length = state.tokens.device, len(sequence.prompt_ids)
+        ids = torch.tensor(sequence.prompt_ids, device=device)
+        state.tokens[slot, :length] = ids
+        if options.repetition_penalty != 1:  # nobody reads it otherwise
+            state.seen[slot] = 0
+            state.seen[slot, ids] = 1
+        if sequence.stream is not None:
+            drawn = random_numbers(*sequence.stream).random(sequence.limit - length)
+            state.uniforms[slot, length : sequence.limit] = torch.from_numpy(drawn).to(device)
+        sampled = options.do_sample
+        top_p = options.top_p if sampled else None
+        settings = {
+            "limits": sequence.limit,
+            "least": sequence.least,
+            "temperature": options.temperature if sampled else 0.0,
+            "top_k": (options.top_k or 0) if sampled else 0,
+            "top_p": 1.0 if top_p is None else top_p,
+            "min_p": (options.min_p or 0.0) if sampled else 0.0,
+            "penalty": options.repetition_penalty,
+            "scored": int(options.output_logprobs),
+            "eos": (*sequence.eos, *[-1] * (MAX_EOS - len(sequence.eos))),
+            "prefix_slots": 0,
+            "prefix_lengths": 0,
+        }
+        for name, value in settings.items():
+            self._write(name, slot, value)
+
+    def _write(self, name: str, slot: int, value: Any) -> None:
+        if self._written.get((slot, name)) == value:
+            return
+        tensor = getattr(self._runner.state, name)
+        tensor[slot] = torch.tensor(value, dtype=tensor.dtype, device=tensor.device)
+        self._written[slot, name] = value
+
+    def _prefill(self, chunk: Chunk) -> None:
+        runner, slot = self._runner, chunk.sequence.slot
+        if chunk.source is not None:
+            if runner.shares_prefix:
+                self._write("prefix_slots", slot, chunk.source)
+                self._write("prefix_lengths", slot, chunk.start)
+            else:
+                runner.copy_prefix(chunk.source, slot, chunk.start)
+        if chunk.last:
+            runner.state.status[slot] = RUNNING
+        if chunk.end > chunk.start:
+            runner.prefill(slot, chunk.start, chunk.end)
+        else:
+            runner.state.lengths[slot] = chunk.start
+
+    def _advance(self, running: list[Sequence]) -> None:
+        """The next tokens of ``running``: of those with drafts and of those without."""
+        if not running:
+            return
+        groups: dict[tuple[int, int], list[Sequence]] = {}
+        proposals: dict[Sequence, list[int]] = {}
+        for sequence in running:
+            key = (0, 0)
+            if sequence.lookup is not None:
+                # No draft beyond the cache, and none where the sequence will have ended.
+                room = min(self._runner.capacity - 1, sequence.limit - 2) - sequence.cached
+                proposed = sequence.lookup.propose(min(room, _MAX_DRAFTS))
+                if proposed:
+                    proposals[sequence] = proposed
+                    key = (1, sequence.options.max_matching_ngram_size)
+            groups.setdefault(key if self._runner.proposes else (key[0], 0), []).append(sequence)
+        steps: dict[Sequence, int] = {}
+        for (speculates, ngram), members in groups.items():
+            drafts = 0
+            if speculates:
+                room = min(self._runner.capacity - 1 - s.cached for s in members)
+                drafts = min(room, max(len(proposals[s]) for s in members))
+            count = self._evaluate(members, drafts, ngram, proposals)
+            steps.update(dict.fromkeys(members, count))
+        before = {s: s.cached for s in running}
+        self._collect(running)
+        for s in running:
+            gained = s.cached - before[s]
+            if not gained and s.finish_reason is None:
+                raise RuntimeError(f"the runner brought slot {s.slot} no token")
+            if s in proposals:
+                assert s.lookup is not None
+                s.lookup.record(len(proposals[s]), -(-gained // steps[s]) - 1)
+
+    def _evaluate(
+        self,
+        members: list[Sequence],
+        drafts: int,
+        ngram: int,
+        proposals: dict[Sequence, list[int]],
+    ) -> int:
+        """Have ``members`` evaluated; returns in how many steps."""
+        runner = self._runner
+        longest = max(s.cached for s in members)
+        left = max(s.limit - 1 - s.cached for s in members)
+        steps = min(runner.look_every, left)
+        if drafts:
+            steps = max(1, min(steps, (runner.capacity - longest) // (drafts + 1)))
+            if not runner.proposes:
+                steps = 1
+                for s in members:
+                    ids = torch.tensor(proposals[s][:drafts], device=runner.state.tokens.device)
+                    start = s.cached + 1
+                    runner.state.tokens[s.slot, start : start + len(ids)] = ids
+        plain = all(
+            not s.options.do_sample
+            and s.options.repetition_penalty == 1
+            and s.least <= s.cached + 1
+            for s in members
+        )
+        runner.advance(
+            [s.slot for s in members], steps, drafts, ngram, plain=plain, context=longest
+        )
+        return steps
+
+    def _collect(self, sequences: list[Sequence]) -> None:
+        """Take in what the state holds anew of ``sequences``."""
+        if not sequences:
+            return
+        state = self._runner.state
+        lengths, status = torch.stack((state.lengths, state.status.int())).tolist()
+        for s in sequences:
+            length = lengths[s.slot]
+            new = slice(len(s.tokens), length + 1)
+            ids = state.tokens[s.slot, new].tolist()
+            scored = s.options.output_logprobs
+            logprobs = state.log_probs[s.slot, new].tolist() if scored else ids
+            s.cached = length
+            self._take(s, status[s.slot], ids, logprobs)
+
+    def _take(self, s: Sequence, status: int, ids: list[int], logprobs: list[float]) -> None:
+        for token, logprob in zip(ids, logprobs, strict=True):
+            if s.finish_reason is not None:  # cancelled meanwhile, or its text has ended
+                return
+            if s.options.output_logprobs:
+                s.logprobs.append(logprob)
+            s.append(token)
+        if s.finish_reason is not None or status == RUNNING:
+            return
+        if status == BROKEN:
+            s.fail(no_next_token(s.row))
+        else:
+            s.finish_reason = "eos" if status == EOS else s.at_limit
