@@ -1,0 +1,54 @@
+"""Greedy decoding on the CPU beside the peers, token by token.
+
+    pytest bench/bench_decode.py
+    GPT2FAST_BENCH_QUICK=1 pytest bench/bench_decode.py
+
+Contenders take turns within one text, sixteen tokens each, so that every one meets the same lengths
+and the same disturbances; ratios are of such turns. `bench.cpu` has the method. Environment:
+``GPT2FAST_BENCH_RECORD=1`` writes ``results/cpu/decode.json``, after every case;
+``GPT2FAST_BENCH_MINUTES`` bounds the run of all benchmarks on models (the rest is named as not
+measured), ``GPT2FAST_BENCH_THREADS`` sets threads (all cores), ``GPT2FAST_BENCH_MODELS`` the folder
+in which models are built and kept (``build/bench``).
+"""
+
+import sys
+from functools import partial
+
+import pytest
+
+from bench.cpu.contest import DecodeCase, decode
+from bench.cpu.processes import Process
+from bench.cpu.record import QUICK, RECORD, RESULTS, THREADS, Record
+from bench.cpu.table import COMPANIES
+from bench.report import missing, times_table
+
+SHARE = 0.45  # of the minutes given
+CASES = (
+    [DecodeCase("gpt2", "quick", 32, 33)]
+    if QUICK
+    else [
+        DecodeCase(model, company, prompt, new)
+        for model in ("gpt2", "gpt2-medium")
+        for prompt, new in ((32, 129), (512, 65))
+        for company in ("float32", "smaller")
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def record() -> Record:
+    return Record("decode", SHARE, RESULTS if RECORD else None)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decode(record: Record, case: DecodeCase) -> None:
+    if record.time_is_up():
+        record.add({**vars(case), "not measured": "no time left"})
+        pytest.skip("no time left")
+    names = COMPANIES[case.company]
+    start = partial(Process, model=case.model, threads=THREADS)
+    made = decode(case, names, start, lambda text: print(f"{case}: {text}", file=sys.stderr))
+    record.add(made)
+    print("\n".join(["", times_table([made]), *missing([made])]), file=sys.stderr)
+    wrong = {name: r["wrong"] for name, r in made["contenders"].items() if "wrong" in r}
+    assert not any(name.startswith("gpt2fast") for name in wrong), wrong

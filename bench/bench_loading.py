@@ -1,0 +1,51 @@
+"""Import, loading, the first token, and memory, each in processes of its own.
+
+    pytest bench/bench_loading.py
+
+The checkpoints are in the system's cache of files. Environment and records as in
+``bench_decode.py``.
+"""
+
+import sys
+from functools import partial
+
+import pytest
+
+from bench.cpu.loading import imports, loading
+from bench.cpu.processes import Process
+from bench.cpu.record import QUICK, RECORD, RESULTS, THREADS, Record
+from bench.cpu.table import BASE, LOADING, QUICK_COMPANY
+from bench.report import loading_table, missing
+
+SHARE = 0.15  # of the minutes given
+ROUNDS = 1 if QUICK else 3
+
+
+@pytest.fixture(scope="module")
+def record() -> Record:
+    return Record("loading", SHARE, RESULTS if RECORD else None)
+
+
+def test_imports(record: Record) -> None:
+    found = imports(3 if QUICK else 7)
+    record.put("imports", found)
+    print(
+        "".join(f"\nimport {kind}: {p['p50']:.3f} s" for kind, p in found.items()), file=sys.stderr
+    )
+
+
+@pytest.mark.parametrize("model", ["gpt2"] if QUICK else ["gpt2", "gpt2-medium"])
+def test_loading(record: Record, model: str) -> None:
+    if record.time_is_up():
+        record.add({"model": model, "not measured": "no time left"})
+        pytest.skip("no time left")
+    made = loading(
+        model,
+        QUICK_COMPANY if QUICK else LOADING,
+        BASE,
+        ROUNDS,
+        partial(Process, model=model, threads=THREADS),
+        lambda text: print(f"{model}: {text}", file=sys.stderr),
+    )
+    record.add(made)
+    print("\n".join(["", loading_table({"cases": [made]}), *missing([made])]), file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Decoding, prefill and loading on a CPU, beside the peers: what the three benchmarks share."""

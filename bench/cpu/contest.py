@@ -1,0 +1,223 @@
+"""Contenders on one case: gate, warm-up, turns, ratios of neighbours in time."""
+
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from bench.cpu.ours import agreement
+from bench.cpu.processes import Failed
+from bench.cpu.table import AGAIN, BARE, BASE, EXACT, OURS
+from bench.suite.measure import paired_ratios, quantiles
+
+# Of float32 logits, largest difference over largest value: sums in another order, 24 layers deep.
+EXACT_TOLERANCE = 1e-4
+# Of fewer bits, root mean square over the spread: beyond it, it is another function.
+OTHER_TOLERANCE = 0.5
+_GATE_TOKENS = 64
+_WARM_UP = 3  # tokens
+
+Say = Callable[[str], None]
+Report = dict[str, Any]
+
+
+class Asked(Protocol):
+    """A `bench.cpu.processes.Process`."""
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+Start = Callable[[str], Asked]  # by the contender's name
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """Greedy text: ``new`` tokens after ``prompt``, in turns of ``chunk``."""
+
+    model: str
+    company: str
+    prompt: int
+    new: int
+    chunk: int = 16
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.prompt}+{self.new} {self.company}"
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """The first new token of ``batch`` prompts of ``prompt`` tokens, ``rounds`` times."""
+
+    model: str
+    batch: int
+    prompt: int
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.model} prefill {self.batch}x{self.prompt}"
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    """A prompt: words of any kind, the end-of-text aside."""
+    return random.Random(seed).choices(range(50256), k=count)
+
+
+class Company:
+    """The processes of the contenders that are here and right; what became of each in `reports`."""
+
+    def __init__(self, names: tuple[str, ...], start: Start, say: Say) -> None:
+        self.reports: dict[str, Report] = {name: {} for name in names}
+        self.processes: dict[str, Asked] = {}
+        self._reference: Any = None
+        self._measurer = start(BARE)  # a process of its own, which loads no model
+        for name in names:
+            say(f"{name}: loading")
+            self.processes[name] = start(name)
+            with self.excluding(name):
+                self.processes[name].ask("prepare")
+                self.reports[name]["load_s"] = self.processes[name].ask("load")["seconds"]
+                if name != BARE:
+                    self._gate(name)
+        if BASE not in self.processes:
+            raise Failed(f"{BASE}, the reference: {self.reports[BASE]}")
+
+    @contextmanager
+    def excluding(self, name: str) -> Iterator[None]:
+        """Leave a contender out from here on if it fails in this block."""
+        try:
+            yield
+        except Failed as error:
+            kind = "wrong" if isinstance(error, Wrong) else "not measured"
+            self.reports[name] = {**self._kept(name), kind: str(error)}
+            self.processes.pop(name).close()
+
+    def _kept(self, name: str) -> Report:
+        kept = ("agreement",)
+        return {key: value for key, value in self.reports[name].items() if key in kept}
+
+    def _gate(self, name: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "logits.npy")
+            self.processes[name].ask("logits", ids=tokens(_GATE_TOKENS, seed=1), path=path)
+            logits = np.load(path)
+        if self._reference is None:
+            self._reference = logits
+        found = self.reports[name]["agreement"] = agreement(self._reference, logits)
+        kind, most = ("largest", EXACT_TOLERANCE) if name in EXACT else ("error", OTHER_TOLERANCE)
+        if not found[kind] <= most:
+            raise Wrong(f"logits differ from transformers': {kind} {found[kind]:.1e}")
+
+    def check_tokens(self, made: dict[str, list[int]]) -> None:
+        """Exclude who should have generated the reference's tokens and did not."""
+        right = made[BASE]
+        for name in EXACT & made.keys():
+            with self.excluding(name):
+                for place, (token, expected) in enumerate(zip(made[name], right, strict=True)):
+                    if token != expected:
+                        raise Wrong(f"new token {place} is {token}, transformers' {expected}")
+
+    def limits(self) -> dict[str, float]:
+        """Of the machine, now."""
+        return self._measurer.ask("limits")
+
+    def close(self) -> None:
+        for process in (*self.processes.values(), self._measurer):
+            process.close()
+
+
+def generated(process: Asked, prompt: list[int], new: int) -> dict[str, Any]:
+    """The answer at the end of a text that nobody else interrupts."""
+    answer = process.ask("generate", prompt=prompt, new=new, chunk=new)
+    while "finished" not in answer:
+        answer = process.ask("go")
+    return answer
+
+
+class Wrong(Failed):
+    """An answer is not the reference's."""
+
+
+def decode(case: DecodeCase, names: tuple[str, ...], start: Start, say: Say) -> Report:
+    """The record of a case."""
+    company = Company(names, start, say)
+    prompt = tokens(case.prompt, seed=2)
+    limits = []
+    answers: dict[str, dict[str, Any]] = {}
+    try:
+        for name in names:
+            if name in company.processes:
+                with company.excluding(name):
+                    generated(company.processes[name], prompt[:8], _WARM_UP)
+        chunks = -(-(case.new - 1) // case.chunk)
+        for turn in range(1 + chunks):
+            say(f"turn {turn} of {chunks}")
+            limits.append(company.limits())
+            for name in [n for n in names if n in company.processes]:
+                with company.excluding(name):
+                    request: dict[str, Any] = {"do": "go"}
+                    if turn == 0:
+                        sizes = {"new": case.new, "chunk": case.chunk}
+                        request = {"do": "generate", "prompt": prompt, **sizes}
+                    answers[name] = company.processes[name].ask(**request)
+        company.check_tokens({name: answers[name]["tokens"] for name in company.processes})
+        for name in company.processes:
+            seconds = answers[name]["seconds"]
+            parts = [seconds[i : i + case.chunk] for i in range(1, case.new, case.chunk)]
+            company.reports[name] |= {
+                "first_token_s": seconds[0],
+                "token_s": quantiles(seconds[1:]),
+                "seconds": [sum(part) / len(part) for part in parts],
+            }
+    finally:
+        company.close()
+    return _closed(asdict(case), company, limits)
+
+
+def prefill(case: PrefillCase, names: tuple[str, ...], start: Start, say: Say) -> Report:
+    """The record of a case."""
+    company = Company(names, start, say)
+    rows = [tokens(case.prompt, seed=2 + row) for row in range(case.batch)]
+    limits = []
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    first: dict[str, list[int]] = {}
+    try:
+        for turn in range(1 + case.rounds):  # the first is the warm-up
+            say(f"turn {turn} of {case.rounds}")
+            limits.append(company.limits())
+            for name in [n for n in names if n in company.processes]:
+                with company.excluding(name):
+                    answer = company.processes[name].ask("prefill", rows=rows)
+                    first[name] = answer["tokens"]
+                    seconds[name].append(answer["seconds"])
+            if turn == 0:
+                company.check_tokens({name: first[name] for name in company.processes})
+        for name in company.processes:
+            company.reports[name]["seconds"] = seconds[name][1:]
+    finally:
+        company.close()
+    return _closed(asdict(case), company, limits)
+
+
+def _closed(case: Report, company: Company, limits: list[dict[str, float]]) -> Report:
+    """The case with everybody's report, its ratios, and the limits."""
+    reports = company.reports
+    for report in reports.values():
+        if "seconds" in report:
+            report["p"] = quantiles(report["seconds"])
+            for key, rival in (("times_base", BASE), ("times_ours", OURS)):
+                if "seconds" in reports.get(rival, {}):
+                    report[key] = paired_ratios(report["seconds"], reports[rival]["seconds"])
+    record = {**case, "contenders": reports}
+    record["limits"] = {key: quantiles([limit[key] for limit in limits]) for key in limits[0]}
+    again = reports.get(AGAIN, {}).get("times_ours")
+    if again:
+        # The same program against itself: no smaller difference than this means anything.
+        record["noise"] = max(abs(again["p20"] - 1), abs(again["p80"] - 1))
+    return record

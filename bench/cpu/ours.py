@@ -1,0 +1,157 @@
+"""Ours in every mode, and the bare loop that bounds it."""
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from bench.cpu import models
+from bench.cpu.peers import Logits, OnToken, Rows, Streamer
+
+
+class Ours:
+    """Through `generate`, as a user calls it.
+
+    Args:
+        mode: "" for float32; "bfloat16"; or what ``quantize=`` takes.
+        engine: False keeps `generate` on its general path, by an idle processor of scores.
+    """
+
+    package: ClassVar[str] = "gpt2fast"
+
+    def __init__(self, name: str, threads: int, mode: str = "", engine: bool = True) -> None:
+        self._name, self._threads, self._mode = name, threads, mode
+        self._options: dict[str, Any] = {"do_sample": False, "eos_token_id": []}
+        if not engine:
+            self._options["logits_processor"] = [lambda ids, scores: scores]
+
+    def prepare(self) -> None:
+        models.checkpoint(self._name)
+        if self._quantized:
+            models.quantized(self._name, self._mode)
+
+    @property
+    def _quantized(self) -> bool:
+        return self._mode not in ("", "bfloat16")
+
+    def load(self) -> None:
+        import torch
+
+        from gpt2fast import GPT2LMHeadModel
+
+        torch.set_num_threads(self._threads)
+        self._torch = torch
+        folder = (
+            models.quantized(self._name, self._mode)
+            if self._quantized
+            else models.checkpoint(self._name)
+        )
+        dtype = "bfloat16" if self._mode == "bfloat16" else None
+        self._model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype)
+
+    def logits(self, ids: list[int]) -> Logits:
+        with self._torch.inference_mode():
+            return self._model(self._torch.tensor([ids])).logits[0].float().numpy()
+
+    def generate(self, prompt: list[int], new: int, on_token: OnToken) -> None:
+        ids = self._torch.tensor([prompt])
+        self._model.generate(ids, max_new_tokens=new, streamer=Streamer(on_token), **self._options)
+
+    def prefill(self, rows: Rows) -> list[int]:
+        ids = self._torch.tensor(rows)
+        return self._model.generate(ids, max_new_tokens=1, **self._options)[:, -1].tolist()
+
+
+class BareLoop:
+    """The matrix products of a token and nothing else: what a step of float32 costs at least.
+
+    ``addmm`` on a row, in the checkpoint's layout, was the fastest of PyTorch's ways where this was
+    written. The tokens are no model's.
+    """
+
+    package: ClassVar[str] = "torch"
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._name, self._threads = name, threads
+
+    def prepare(self) -> None:
+        models.checkpoint(self._name)
+
+    def load(self) -> None:
+        import torch
+
+        from gpt2fast import GPT2LMHeadModel
+
+        torch.set_num_threads(self._threads)
+        self._torch = torch
+        model = GPT2LMHeadModel.from_pretrained(models.checkpoint(self._name))
+        self._matrices = []
+        for block in model.transformer.h:
+            for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+                self._matrices.append((layer.bias.detach(), layer.weight.detach()))
+        head = model.transformer.wte.weight.detach()
+        self._head = head
+        width = head.shape[1]
+        self._inputs = {n: torch.ones(1, n) for n in (width, 4 * width)}
+
+    def logits(self, ids: list[int]) -> Logits:
+        raise NotImplementedError("the bare loop computes no logits")
+
+    def generate(self, prompt: list[int], new: int, on_token: OnToken) -> None:
+        torch = self._torch
+        row = self._inputs[self._head.shape[1]]
+        with torch.inference_mode():
+            for _ in range(new):
+                for bias, weight in self._matrices:
+                    torch.addmm(bias, self._inputs[weight.shape[0]], weight)
+                torch.mv(self._head, row[0])
+                on_token(0)
+
+    def prefill(self, rows: Rows) -> list[int]:
+        """The products of a prompt, its last position's logits included."""
+        torch = self._torch
+        count = len(rows) * len(rows[0])
+        wide = {n: torch.ones(count, n) for n in self._inputs}
+        with torch.inference_mode():
+            for bias, weight in self._matrices:
+                torch.addmm(bias, wide[weight.shape[0]], weight)
+            torch.mm(wide[self._head.shape[1]][: len(rows)], self._head.T)
+        return [0] * len(rows)
+
+
+class TorchAlone:
+    """Loads PyTorch and nothing else: what every process with it takes of time and memory."""
+
+    package: ClassVar[str] = "torch"
+
+    def __init__(self, name: str, threads: int) -> None:
+        pass
+
+    def prepare(self) -> None:
+        pass
+
+    def load(self) -> None:
+        import torch  # noqa: F401
+
+    def logits(self, ids: list[int]) -> Logits:
+        raise NotImplementedError
+
+    def generate(self, prompt: list[int], new: int, on_token: OnToken) -> None:
+        raise NotImplementedError
+
+    def prefill(self, rows: Rows) -> list[int]:
+        raise NotImplementedError
+
+
+def agreement(reference: Logits, other: Logits) -> dict[str, float]:
+    """How near ``[T, V]`` logits are to the reference's.
+
+    "error" is the root of the mean squared difference over the reference's standard deviation,
+    "largest" the largest difference over the reference's largest value, "argmax" the share of
+    positions with the same likeliest token.
+    """
+    difference = other.astype(np.float64) - reference
+    return {
+        "error": float(np.sqrt((difference**2).mean()) / reference.std()),
+        "largest": float(np.abs(difference).max() / np.abs(reference).max()),
+        "argmax": float((reference.argmax(-1) == other.argmax(-1)).mean()),
+    }

@@ -1,0 +1,86 @@
+"""A contender's process, from the outside."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 600.0  # seconds for one answer
+
+
+class Failed(Exception):
+    """A contender cannot go on; the message says why."""
+
+
+class Process:
+    """Asks a `bench.cpu.worker` of its own.
+
+    Args:
+        contender, model: names of `bench.cpu.table` and `bench.cpu.models`.
+        threads: of every library.
+    """
+
+    def __init__(self, contender: str, model: str, threads: int) -> None:
+        self.started = time.perf_counter()
+        source, requests = os.pipe()
+        answers, sink = os.pipe()
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "bench.cpu.worker"),
+                *(contender, model, str(threads), str(source), str(sink)),
+            ],
+            cwd=ROOT,
+            env=environment,
+            pass_fds=(source, sink),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        os.close(source)
+        os.close(sink)
+        self._requests = os.fdopen(requests, "w")
+        self._answers = os.fdopen(answers)
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            Failed: the contender raised an error, ended or took too long.
+        """
+        try:
+            self._requests.write(json.dumps({"do": do, **request}) + "\n")
+            self._requests.flush()
+        except BrokenPipeError:
+            raise Failed(self._end()) from None
+        if not select.select([self._answers], [], [], PATIENCE)[0]:
+            self.close()
+            raise Failed(f"no answer within {PATIENCE:.0f} s")
+        line = self._answers.readline()
+        if not line:
+            raise Failed(self._end())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise Failed(answer["error"])
+        return answer
+
+    def _end(self) -> str:
+        """The last words of a process that is gone."""
+        _, errors = self._process.communicate(timeout=30)
+        words = errors.decode("utf-8", "replace").strip().splitlines() or ["nothing on stderr"]
+        return f"the process ended with {self._process.returncode}: {words[-1]}"[:300]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        with suppress(BrokenPipeError):
+            self._requests.close()
+        self._answers.close()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
