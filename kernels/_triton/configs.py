@@ -87,6 +87,23 @@ def engine_splits(rows: int, heads: int, keys: int, head_size: int, target: Targ
 
 
 @dataclass(frozen=True)
+class SelectConfig:
+    """`engine/ranking.py`: logits a tile, candidates that are sorted, warps."""
+
+    block: int
+    candidates: int
+    warps: int
+
+
+# One program reads a row of 50257 logits from L2 or L1: a tile is 32 KB on its way, which one
+# multiprocessor's share of L2 needs. Half of the candidates is the largest top-k that is sure to be
+# found among them; sorting 1024 takes about as long as reading the row once. Predicted.
+ENGINE_SELECT = SelectConfig(block=8192, candidates=1024, warps=8)
+ENGINE_SELECT_BEST_WARPS = 4  # a few hundred maxima
+ENGINE_PROPOSE_BLOCK = 1024  # tokens a tile; a context of GPT-2
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Tiles of ``attention_fwd.py`` and ``attention_bwd.py``: queries, keys, warps, stages."""
 

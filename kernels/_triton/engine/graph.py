@@ -1,0 +1,241 @@
+"""A decoding step as a chain of kernels, one a phase: what a CUDA graph captures.
+
+The launchers take everything static from the buffers and the weights and launch; they allocate
+nothing and wait for nothing. Under programmatic dependent launch (PDL) a kernel starts while the
+one before it is ending: it asks for its first weights, which nobody writes, and only then waits.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpt2fast.kernels._triton import configs
+from gpt2fast.kernels._triton.engine import attention, phases
+from gpt2fast.kernels._triton.engine.barrier import allow_next, wait_for_previous
+from gpt2fast.kernels._triton.target import current_target
+from gpt2fast.kernels.decode_state import DecodeState
+from gpt2fast.kernels.decode_step import FEW_ROWS, StepBuffers
+from gpt2fast.kernels.packing import DecodeWeights, Matrix
+
+
+@triton.jit(do_not_specialize=["capacity", "vocab_size", "positions"])
+def _embed_kernel(
+    tokens_ptr, slots_ptr, offsets_ptr, lengths_ptr, wte_ptr, wpe_ptr, x_ptr,
+    capacity, vocab_size, positions,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`phases.embed`; grid: (programs,)."""
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    phases.embed(
+        tl.program_id(0), tl.num_programs(0),
+        tokens_ptr, slots_ptr, offsets_ptr, lengths_ptr, wte_ptr, wpe_ptr, x_ptr,
+        capacity, vocab_size, positions, C, ROWS, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["layer", "slots", "capacity"])
+def _qkv_kernel(
+    layer, x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, query_ptr, cache_ptr,
+    slots_ptr, offsets_ptr, lengths_ptr, slots, capacity, eps,
+    C: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
+    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, KEEP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """`phases.qkv`; grid: (programs,)."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    first = phases.first_weights(
+        program, programs, weight_ptr, scale_ptr, layer, 3 * C, C, BITS, WARPS, REPEAT, UNROLL
+    )
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    phases.qkv(
+        program, programs, layer, first,
+        x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, query_ptr, cache_ptr,
+        slots_ptr, offsets_ptr, lengths_ptr, slots, capacity, eps,
+        C, HEADS, ROWS, BITS, WARPS, REPEAT, UNROLL, KEEP,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _fc_kernel(
+    layer, x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, inner_ptr, eps,
+    C: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
+    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, KEEP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """`phases.fc`; grid: (programs,)."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    first = phases.first_weights(
+        program, programs, weight_ptr, scale_ptr, layer, N, C, BITS, WARPS, REPEAT, UNROLL
+    )
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    phases.fc(
+        program, programs, layer, first,
+        x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, inner_ptr, eps,
+        C, N, ROWS, BITS, WARPS, REPEAT, UNROLL, KEEP,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _add_kernel(
+    layer, input_ptr, sums_ptr, weight_ptr, scale_ptr, bias_ptr, x_ptr,
+    N: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, BITS: tl.constexpr,
+    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`phases.add`; grid: (programs,)."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    first = phases.first_weights(
+        program, programs, weight_ptr, scale_ptr, layer, N, K, BITS, WARPS, REPEAT, UNROLL
+    )
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    phases.add(
+        program, programs, layer, first,
+        input_ptr, sums_ptr, weight_ptr, scale_ptr, bias_ptr, x_ptr,
+        N, K, HEADS, SPLITS, ROWS, BITS, WARPS, REPEAT, UNROLL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _head_kernel(
+    x_ptr, norm_ptr, weight_ptr, scale_ptr,
+    logits_ptr, best_value_ptr, best_index_ptr, best_sum_ptr, eps,
+    C: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, GREEDY: tl.constexpr,
+    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, KEEP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """`phases.head`; grid: (programs,)."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    first = phases.first_weights(
+        program, programs, weight_ptr, scale_ptr, program * 0, N, C, BITS, WARPS, REPEAT, UNROLL
+    )
+    allow_next(PDL)
+    wait_for_previous(PDL)
+    phases.head(
+        program, programs, first, x_ptr, norm_ptr, weight_ptr, scale_ptr,
+        logits_ptr, best_value_ptr, best_index_ptr, best_sum_ptr, eps,
+        C, N, ROWS, BITS, GREEDY, WARPS, REPEAT, UNROLL, KEEP,
+    )  # fmt: skip
+
+
+def launch(kernel: Any, programs: int, *args: Any, pdl: bool, **constants: Any) -> None:
+    """``kernel[(programs,)]``, with what PDL asks of the launch."""
+    if pdl:
+        constants["launch_pdl"] = True
+    kernel[(programs,)](*args, PDL=pdl, **constants)
+
+
+def _rows_launch(matrix: Matrix, rows: int) -> tuple[int, dict[str, int]]:
+    """How many programs multiply the matrix with so many rows, and their tile."""
+    target = current_target(matrix.data.device)
+    tile = configs.decode_rows_tile(matrix.outputs, rows, target)
+    needed = triton.cdiv(matrix.outputs, tile.warps * tile.repeat)
+    constants = {
+        "ROWS": rows,
+        "BITS": matrix.bits,
+        "WARPS": tile.warps,
+        "REPEAT": tile.repeat,
+        "UNROLL": tile.unroll,
+        "num_warps": tile.warps,
+    }
+    return min(needed, tile.programs * target.multiprocessors), constants
+
+
+def shares(weights: DecodeWeights, rows: int) -> tuple[int, int]:
+    """Parts of a split product, and programs that share a row's logits: sizes of the buffers."""
+    return 1, _rows_launch(weights.head, rows)[0]
+
+
+def launch_embed(
+    weights: DecodeWeights, state: DecodeState, buffers: StepBuffers, pdl: bool
+) -> None:
+    """Token rows to ``residual``."""
+    (vocab_size, width), positions = weights.wte.shape, weights.wpe.shape[0]
+    block = configs.DECODE_EMBED_BLOCK
+    launch(
+        _embed_kernel, buffers.rows * triton.cdiv(width, block),
+        state.tokens, buffers.slots, buffers.offsets, state.lengths, weights.wte, weights.wpe,
+        buffers.residual, state.tokens.shape[1] - 1, vocab_size, positions,
+        C=width, ROWS=buffers.rows, BLOCK=block, num_warps=4, pdl=pdl,
+    )  # fmt: skip
+
+
+def launch_qkv(
+    weights: DecodeWeights, state: DecodeState, cache: Tensor, buffers: StepBuffers, layer: int,
+    pdl: bool,
+) -> None:  # fmt: skip
+    """``residual`` to ``query`` and the cache."""
+    matrix, width = weights.qkv, weights.qkv.inputs
+    programs, constants = _rows_launch(matrix, buffers.rows)
+    launch(
+        _qkv_kernel, programs, layer,
+        buffers.residual, weights.ln_1, matrix.data, matrix.scale, matrix.bias,
+        buffers.query, cache, buffers.slots, buffers.offsets, state.lengths,
+        cache.shape[2], cache.shape[4], weights.eps,
+        C=width, HEADS=weights.heads, KEEP=configs.decode_rows_keep(buffers.rows, width),
+        pdl=pdl, **constants,
+    )  # fmt: skip
+
+
+def launch_fc(weights: DecodeWeights, buffers: StepBuffers, layer: int, pdl: bool) -> None:
+    """``residual`` to ``inner``."""
+    matrix, width = weights.fc, weights.fc.inputs
+    programs, constants = _rows_launch(matrix, buffers.rows)
+    launch(
+        _fc_kernel, programs, layer,
+        buffers.residual, weights.ln_2, matrix.data, matrix.scale, matrix.bias, buffers.inner,
+        weights.eps, C=width, N=matrix.outputs,
+        KEEP=configs.decode_rows_keep(buffers.rows, width), pdl=pdl, **constants,
+    )  # fmt: skip
+
+
+def launch_add(
+    matrix: Matrix, heads: int, inputs: Tensor, buffers: StepBuffers, layer: int, pdl: bool
+) -> None:
+    """``inputs``, or ``partial`` where those are it, to what is added to ``residual``."""
+    programs, constants = _rows_launch(matrix, buffers.rows)
+    merge = inputs is buffers.partial
+    launch(
+        _add_kernel, programs, layer,
+        inputs, buffers.sums, matrix.data, matrix.scale, matrix.bias, buffers.residual,
+        N=matrix.outputs, K=matrix.inputs, HEADS=heads, SPLITS=buffers.splits if merge else 1,
+        pdl=pdl, **constants,
+    )  # fmt: skip
+
+
+def launch_head(weights: DecodeWeights, buffers: StepBuffers, greedy: bool, pdl: bool) -> None:
+    """``residual`` to ``logits`` or ``best_*``."""
+    matrix, width = weights.head, weights.head.inputs
+    programs, constants = _rows_launch(matrix, buffers.rows)
+    launch(
+        _head_kernel, programs,
+        buffers.residual, weights.ln_f, matrix.data, matrix.scale, buffers.logits,
+        buffers.best_value, buffers.best_index, buffers.best_sum, weights.eps,
+        C=width, N=matrix.outputs, GREEDY=greedy,
+        KEEP=configs.decode_rows_keep(buffers.rows, width), pdl=pdl, **constants,
+    )  # fmt: skip
+
+
+def evaluate(
+    weights: DecodeWeights, state: DecodeState, cache: Tensor, buffers: StepBuffers,
+    greedy: bool, pdl: bool,
+) -> None:  # fmt: skip
+    """All phases from the tokens to the logits: see `gpt2fast.kernels.decode_step.evaluate`."""
+    merges = buffers.splits > 1
+    merge_here = merges and configs.decode_rows_keep(buffers.rows, weights.out.inputs)
+    launch_embed(weights, state, buffers, pdl)
+    for layer in range(weights.qkv.data.shape[0]):
+        launch_qkv(weights, state, cache, buffers, layer, pdl)
+        attention.launch_attend(weights, state, cache, buffers, layer, pdl)
+        if merges and not merge_here:
+            attention.launch_combine(weights, buffers, pdl)
+        heads = buffers.partial if merge_here else buffers.merged
+        launch_add(weights.out, weights.heads, heads, buffers, layer, pdl)
+        launch_fc(weights, buffers, layer, pdl)
+        launch_add(weights.proj, weights.heads, buffers.inner, buffers, layer, pdl)
+    launch_head(weights, buffers, greedy, pdl)
