@@ -7,7 +7,7 @@ than its float32 ones. There activations are float32, and 16-bit weights are cas
 matrix at a time, into a buffer that all layers share.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +15,91 @@ from torch import Tensor, nn
 
 from gpt2fast.layers import Conv1D
 
-Linear = Callable[[Tensor], Tensor]  # [M, K] -> [M, N], bias included
-
 _HEAD_ROWS = 4096  # of a head that is cast piece by piece
 _DIRECT_HEAD_ROWS = 2  # of hidden states, up to which a 16-bit head is read as it is
 
 
-def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch has fast matrix products of ``dtype`` there."""
-    if device.type != "cpu":
-        return True
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True
+class Linear(ABC):
+    """``x W + b`` of x ``[M, K]``, for one matrix ``[K, N]``."""
+
+    @abstractmethod
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        """The product ``[M, N]``: in ``out``, or elsewhere."""
+
+    def accumulate(self, x: Tensor, total: Tensor) -> None:
+        """Add the product to ``total`` ``[M, N]``."""
+        total.add_(self.into(x, torch.empty_like(total)))
+
+
+class _Plain(Linear):
+    """On the weight as it lies, in its own dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self._weight, self._bias = weight, bias
+
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        return torch.addmm(self._bias, x, self._weight, out=out)
+
+    def accumulate(self, x: Tensor, total: Tensor) -> None:
+        total.add_(self._bias).addmm_(x, self._weight)
+
+
+class _Called(Linear):
+    """A module that computes the product in its own way."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        product: Tensor = self._module(x)
+        return product
+
+
+class _Cast(Linear):
+    """On a 16-bit weight in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, buffer: "_Buffer") -> None:
+        self._weight, self._bias, self._buffer = weight, bias.float(), buffer
+        # The one product of bfloat16 that is as fast as float32's: with one row, down the columns.
+        self._direct = weight.dtype == torch.bfloat16
+        buffer.reserve(weight.numel())
+
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        if self._direct and len(x) == 1:
+            return torch.add(self._bias, self._times(x), out=out)
+        return torch.addmm(self._bias, x, self._buffer.cast(self._weight), out=out)
+
+    def accumulate(self, x: Tensor, total: Tensor) -> None:
+        total.add_(self._bias)
+        if self._direct and len(x) == 1:
+            total.add_(self._times(x))
+        else:
+            total.addmm_(x, self._buffer.cast(self._weight))
+
+    def _times(self, x: Tensor) -> Tensor:
+        """``x W`` of one row, ``[1, N]`` in the weight's dtype."""
+        return torch.mv(self._weight.t(), x[0].to(self._weight.dtype))[None]
+
+
+class Head:
+    """Logits from the head's weight ``[V, C]``."""
+
+    def __init__(self, weight: Tensor, buffer: "_Buffer | None") -> None:
+        self._weight, self._buffer = weight, buffer
+        self._rows = min(len(weight), _HEAD_ROWS)
+        if buffer is not None:
+            buffer.reserve(self._rows * weight.shape[1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[M, C]`` to ``[M, V]`` in float32."""
+        weight = self._weight
+        if self._buffer is None or len(x) <= _DIRECT_HEAD_ROWS:
+            return F.linear(x.to(weight.dtype), weight).float()
+        logits = x.new_empty(len(x), len(weight))
+        parts = weight.split(self._rows), logits.split(self._rows, 1)
+        for part, out in zip(*parts, strict=True):
+            torch.mm(x, self._buffer.cast(part).t(), out=out)
+        return logits
 
 
 class Linears:
@@ -41,48 +111,42 @@ class Linears:
 
     def __init__(self, weights: torch.dtype, device: torch.device) -> None:
         self.dtype = weights if multiplies(weights, device) else torch.float32
-        self._casts = self.dtype != weights
-        self._buffer = torch.empty(0, dtype=self.dtype, device=device)
+        self._buffer = None if self.dtype == weights else _Buffer(device)
 
     def layer(self, module: nn.Module) -> Linear:
-        """The layer of a `Conv1D`, or a module that is called as it is."""
+        """The layer of a `Conv1D`, or of a module that is to be called."""
         if not isinstance(module, Conv1D):
-            return module
-        weight, bias = module.weight.detach(), module.bias.detach()  # [K, N], [N]
-        if not self._casts:
-            return lambda x: torch.addmm(bias, x, weight)
-        self._reserve(weight.numel())
-        wide_bias = bias.to(self.dtype)
-        direct = weight.dtype == torch.bfloat16
+            return _Called(module)
+        weight, bias = module.weight.detach(), module.bias.detach()
+        if self._buffer is None:
+            return _Plain(weight, bias)
+        return _Cast(weight, bias, self._buffer)
 
-        def cast(x: Tensor) -> Tensor:
-            if direct and len(x) == 1:
-                # The one product of bfloat16 that is as fast as float32's: read down the columns.
-                return torch.mv(weight.t(), x[0].bfloat16()).to(x.dtype).add_(wide_bias)[None]
-            wide = self._buffer[: weight.numel()].view(weight.shape)
-            return torch.addmm(wide_bias, x, wide.copy_(weight))
+    def head(self, weight: Tensor) -> Head:
+        return Head(weight.detach(), self._buffer)
 
-        return cast
 
-    def head(self, weight: Tensor) -> Linear:
-        """Logits of ``[M, C]``, float32 ``[M, V]``, from the head's weight ``[V, C]``."""
-        weight = weight.detach()
-        if not self._casts:
-            return lambda x: F.linear(x, weight).float()
-        rows = min(len(weight), _HEAD_ROWS)
-        self._reserve(rows * weight.shape[1])
+class _Buffer:
+    """Room for one matrix in float32."""
 
-        def cast(x: Tensor) -> Tensor:
-            if len(x) <= _DIRECT_HEAD_ROWS:
-                return F.linear(x.to(weight.dtype), weight).float()
-            logits = x.new_empty(len(x), len(weight))
-            for part, out in zip(weight.split(rows), logits.split(rows, 1), strict=True):
-                wide = self._buffer[: part.numel()].view(part.shape)
-                torch.mm(x, wide.copy_(part).t(), out=out)
-            return logits
+    def __init__(self, device: torch.device) -> None:
+        self._values = torch.empty(0, device=device)
 
-        return cast
+    def reserve(self, size: int) -> None:
+        if size > len(self._values):
+            self._values = self._values.new_empty(size)
 
-    def _reserve(self, size: int) -> None:
-        if size > len(self._buffer):
-            self._buffer = self._buffer.new_empty(size)
+    def cast(self, matrix: Tensor) -> Tensor:
+        """The matrix in float32, until the next call."""
+        return self._values[: matrix.numel()].view(matrix.shape).copy_(matrix)
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch has fast matrix products of ``dtype`` there."""
+    if device.type != "cpu":
+        return True
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True

@@ -2,17 +2,19 @@
 
 A step costs what reading the weights costs: they are read where the model has them, keys and values
 are written into the cache in place and attended to there, and no work in Python grows with the
-context.
+context. The buffers that a step's rows pass through are kept for the next one: between products
+that stream through the caches, every allocation and every view is felt.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2fast.engine.cpu_attention import spans_of
 from gpt2fast.engine.cpu_linear import Linear, Linears
 from gpt2fast.engine.sampling import select_and_commit
 from gpt2fast.kernels.decode_state import RUNNING, DecodeState
@@ -21,6 +23,7 @@ from gpt2fast.layers import GPT2Block, LayerNorm
 if TYPE_CHECKING:
     from gpt2fast.generation.decoding import LanguageModel
 
+_gelu: Any = F.gelu  # whose stub does not know `out`
 _CHUNK = 512  # tokens of a prompt that are evaluated at once
 
 
@@ -35,7 +38,7 @@ class _Norm:
         return cls(module.weight.detach().to(dtype), module.bias.detach().to(dtype), module.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return torch.native_layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)[0]
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,15 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _Span:
-    """Consecutive rows of a step: n tokens of one slot.
+class _Rows:
+    """Buffers for a step's rows: hidden states, projected to 3 C, and inside the perceptron."""
 
-    Attributes:
-        rows: which rows of the step.
-        new: for each layer, where the keys and values go: ``[2, H, n, D]``.
-        keys, values: for each layer, what is attended to: ``[1, H, start + n, D]``.
-        mask: ``[n, start + n]``, or None where one token sees everything.
-    """
+    hidden: Tensor
+    qkv: Tensor
+    inner: Tensor
 
-    rows: slice
-    new: tuple[Tensor, ...]
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    mask: Tensor | None
+    def first(self, count: int) -> "_Rows":
+        return _Rows(self.hidden[:count], self.qkv[:count], self.inner[:count])
 
 
 class TorchRunner:
@@ -94,15 +91,14 @@ class TorchRunner:
     look_every = 1
 
     def __init__(self, model: "LanguageModel", slots: int, capacity: int) -> None:
-        body = model.transformer
+        body, config = model.transformer, model.config
         wte = body.wte.weight.detach()
-        device, width = wte.device, wte.shape[1]
+        device, width = wte.device, config.n_embd
         self.slots, self.capacity = slots, capacity
         self.state = DecodeState.empty(slots, capacity, len(wte), device)
         linears = Linears(wte.dtype, device)
-        self._heads = model.config.n_head
         self._wte, self._wpe = wte, body.wpe.weight.detach()
-        self._dtype, self._cached_dtype = linears.dtype, wte.dtype
+        self._cached_dtype = wte.dtype
         self._layers = [
             _Layer.of(block, linears) for block in body.h if isinstance(block, GPT2Block)
         ]
@@ -110,22 +106,24 @@ class TorchRunner:
         self._head = linears.head(model.lm_head.weight)
         # Zeros cost nothing before they are written: the system maps memory when it is touched.
         self._cache = torch.zeros(
-            (len(self._layers), 2, slots, self._heads, capacity, width // self._heads),
+            (2 * len(self._layers), slots, config.n_head, capacity, width // config.n_head),
             dtype=linears.dtype,
             device=device,
         )
+        self._widths = width, 3 * width, config.inner_size
+        self._rows = _Rows(*(self._cache.new_empty(0, w) for w in self._widths))
 
     def prefill(self, slot: int, start: int, end: int) -> None:
         with torch.inference_mode():
-            hidden = self._wte[:0]
+            hidden = self._rows.hidden[:0]
             for first in range(start, end, _CHUNK):
-                last = min(first + _CHUNK, end)
-                hidden = self._evaluate([slot], [first], last - first)
+                count = min(_CHUNK, end - first)
+                hidden = self._evaluate([slot], [first], count, last=True)
             if int(self.state.status[slot]) != RUNNING:
                 self.state.lengths[slot] = end
                 return
             self.state.lengths[slot] = end - 1
-            select_and_commit(self.state, [slot], 0, self._logits(hidden[-1:]))
+            select_and_commit(self.state, [slot], 0, self._logits(hidden))
 
     def advance(
         self,
@@ -150,62 +148,54 @@ class TorchRunner:
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         with torch.inference_mode():
-            self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
+            self._cache[:, target, :, :length] = self._cache[:, source, :, :length]
 
     def keys_values(self, slot: int, length: int) -> list[Tensor]:
         with torch.inference_mode(False), torch.no_grad():
-            return [
-                layer[:, slot, :, :length].to(self._cached_dtype, copy=True)
-                for layer in self._cache
-            ]
+            context = self._cache[:, slot, :, :length].unflatten(0, (-1, 2))
+            return [layer.to(self._cached_dtype, copy=True) for layer in context]
 
     def close(self) -> None:
         self._layers.clear()
         self._cache = self._cache.new_empty(0)
+        self._rows = _Rows(*(self._cache for _ in self._widths))
 
-    def _evaluate(self, slots: Sequence[int], starts: Sequence[int], count: int) -> Tensor:
-        """Hidden states ``[len(slots) * count, C]`` of ``count`` tokens of each slot, cached."""
-        tokens = [
-            self.state.tokens[slot, start : start + count]
-            for slot, start in zip(slots, starts, strict=True)
-        ]
-        positions = [self._wpe[start : start + count] for start in starts]
-        hidden = F.embedding(_joined(tokens), self._wte) + _joined(positions)
-        spans = [
-            self._span(i * count, slot, start, count)
-            for i, (slot, start) in enumerate(zip(slots, starts, strict=True))
-        ]
-        hidden = hidden.to(self._dtype)
+    def _evaluate(
+        self, slots: Sequence[int], starts: Sequence[int], count: int, last: bool = False
+    ) -> Tensor:
+        """Hidden states of ``count`` tokens of each slot, whose keys and values are cached.
+
+        Returns:
+            ``[len(slots) * count, C]``, until the next call; or, with ``last``, ``[1, C]`` of the
+            last token of the only slot.
+        """
+        rows = self._room(len(slots) * count)
+        hidden, qkv, inner = rows.hidden, rows.qkv, rows.inner
+        tokens = self.state.tokens
+        ids = [tokens[s, low : low + count] for s, low in zip(slots, starts, strict=True)]
+        positions = [self._wpe[low : low + count] for low in starts]
+        torch.add(F.embedding(_joined(ids), self._wte), _joined(positions), out=hidden)
+        spans = spans_of(self._cache, qkv, slots, starts, count)
+        final = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
-            qkv = layer.qkv(layer.ln_1(hidden))
-            hidden += layer.out(self._attend(i, qkv, spans, layer.scale))
-            inner = layer.fc(layer.ln_2(hidden))
-            hidden += layer.proj(torch.ops.aten.gelu_(inner, approximate="tanh"))
+            projected = layer.qkv.into(layer.ln_1(hidden), qkv)
+            if projected is not qkv:
+                qkv.copy_(projected)
+            if last and i == final and count > 1:
+                # Nobody reads the other rows any more.
+                spans, hidden, inner = [spans[0].last()], hidden[-1:], inner[-1:]
+            merged = _joined([span.attend(i, layer.scale) for span in spans])
+            layer.out.accumulate(merged, hidden)
+            expanded = layer.fc.into(layer.ln_2(hidden), inner)
+            _gelu(expanded, approximate="tanh", out=expanded)
+            layer.proj.accumulate(expanded, hidden)
         return hidden
 
-    def _span(self, row: int, slot: int, start: int, count: int) -> _Span:
-        end = start + count
-        new = self._cache[:, :, slot, :, start:end].unbind(0)
-        context = self._cache[:, :, slot : slot + 1, :, :end]
-        mask = None
-        if count > 1:
-            mask = torch.ones(count, end, dtype=torch.bool, device=context.device).tril(start)
-        return _Span(
-            slice(row, row + count), new, context[:, 0].unbind(0), context[:, 1].unbind(0), mask
-        )
-
-    def _attend(self, index: int, qkv: Tensor, spans: Sequence[_Span], scale: float) -> Tensor:
-        """Write the keys and values of layer ``index`` and attend: ``[M, 3C]`` to ``[M, C]``."""
-        packed = qkv.view(len(qkv), 3, self._heads, -1).permute(1, 2, 0, 3)  # [3, H, M, D]
-        merged = []
-        for span in spans:
-            own = packed if len(spans) == 1 else packed[:, :, span.rows]
-            span.new[index].copy_(own[1:])
-            out = F.scaled_dot_product_attention(
-                own[:1], span.keys[index], span.values[index], attn_mask=span.mask, scale=scale
-            )
-            merged.append(out[0].transpose(0, 1).flatten(1))
-        return _joined(merged)
+    def _room(self, count: int) -> _Rows:
+        """Buffers for ``count`` rows."""
+        if count > len(self._rows.hidden):
+            self._rows = _Rows(*(self._cache.new_empty(count, width) for width in self._widths))
+        return self._rows.first(count)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._head(self._ln_f(hidden))
