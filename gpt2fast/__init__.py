@@ -23,6 +23,8 @@ _EXPORTS = {
     "GPT2LMHeadModel": "gpt2fast.model",
     "GPT2DoubleHeadsModel": "gpt2fast.model",
     "KVCache": "gpt2fast.cache",
+    "Engine": "gpt2fast.engine",
+    "release": "gpt2fast.engine",
     "CheckpointError": "gpt2fast.checkpoint.weights",
     "GPT2Tokenizer": "gpt2fast.tokenizer",
     "backend": "gpt2fast.kernels",
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from gpt2fast.cache import KVCache as KVCache
     from gpt2fast.checkpoint.weights import CheckpointError as CheckpointError
     from gpt2fast.config import GPT2Config as GPT2Config
+    from gpt2fast.engine import Engine as Engine
+    from gpt2fast.engine import release as release
     from gpt2fast.kernels import backend as backend
     from gpt2fast.model import GPT2DoubleHeadsModel as GPT2DoubleHeadsModel
     from gpt2fast.model import GPT2LMHeadModel as GPT2LMHeadModel
