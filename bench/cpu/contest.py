@@ -82,7 +82,7 @@ class Company:
             self.processes[name] = start(name)
             with self.excluding(name):
                 self.processes[name].ask("prepare")
-                self.reports[name]["load_s"] = self.processes[name].ask("load")["seconds"]
+                self.processes[name].ask("load")
                 if name != BARE:
                     self._gate(name)
         if BASE not in self.processes:
@@ -95,12 +95,8 @@ class Company:
             yield
         except Failed as error:
             kind = "wrong" if isinstance(error, Wrong) else "not measured"
-            self.reports[name] = {**self._kept(name), kind: str(error)}
+            self.reports[name][kind] = str(error)
             self.processes.pop(name).close()
-
-    def _kept(self, name: str) -> Report:
-        kept = ("agreement",)
-        return {key: value for key, value in self.reports[name].items() if key in kept}
 
     def _gate(self, name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -211,7 +207,7 @@ def _closed(case: Report, company: Company, limits: list[dict[str, float]]) -> R
     for report in reports.values():
         if "seconds" in report:
             report["p"] = quantiles(report["seconds"])
-            for key, rival in (("times_base", BASE), ("times_ours", OURS)):
+            for key, rival in (("times_base", BASE), ("times_ours", OURS), ("share_of_bare", BARE)):
                 if "seconds" in reports.get(rival, {}):
                     report[key] = paired_ratios(report["seconds"], reports[rival]["seconds"])
     record = {**case, "contenders": reports}

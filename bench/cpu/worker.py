@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 
@@ -29,9 +30,16 @@ def _kilobytes(field: str) -> int | None:
 class Worker:
     """Answers requests; see the methods for what there is."""
 
-    def __init__(self, contender: Any, threads: int, requests: Any, answers: Any) -> None:
+    def __init__(
+        self,
+        contender: Any,
+        threads: int,
+        requests: Any,
+        answers: Any,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._contender, self._threads = contender, threads
-        self._requests, self._answers = requests, answers
+        self._requests, self._answers, self._clock = requests, answers, clock
         self._limits: Any = None
 
     def serve(self) -> None:
@@ -58,9 +66,9 @@ class Worker:
 
     def load(self) -> dict[str, Any]:
         """Loading times: seconds of this call, imports included."""
-        start = time.perf_counter()
+        start = self._clock()
         self._contender.load()
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": self._clock() - start}
 
     def logits(self, ids: list[int], path: str) -> dict[str, Any]:
         import numpy as np
@@ -72,11 +80,11 @@ class Worker:
         """Tokens, and the seconds that each took; pauses after the first and every chunk."""
         tokens: list[int] = []
         seconds: list[float] = []
-        since = time.perf_counter()
+        since = self._clock()
 
         def on_token(token: int) -> None:
             nonlocal since
-            now = time.perf_counter()
+            now = self._clock()
             tokens.append(token)
             seconds.append(now - since)
             if (len(tokens) - 1) % chunk == 0 and len(tokens) < new:
@@ -84,16 +92,16 @@ class Worker:
                 word = json.loads(self._requests.readline())
                 if word != {"do": "go"}:
                     raise RuntimeError(f"expected the word to go on; got {word}")
-                now = time.perf_counter()
+                now = self._clock()
             since = now
 
         self._contender.generate(prompt, new, on_token)
         return {"tokens": tokens, "seconds": seconds, "finished": True}
 
     def prefill(self, rows: list[list[int]]) -> dict[str, Any]:
-        start = time.perf_counter()
+        start = self._clock()
         tokens = self._contender.prefill(rows)
-        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+        return {"seconds": self._clock() - start, "tokens": tokens}
 
     def memory(self) -> dict[str, Any]:
         """The largest resident memory so far, mapped files included."""

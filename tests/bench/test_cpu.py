@@ -1,0 +1,233 @@
+"""The CPU benchmarks' method: who is timed, who is not, and what the ratios are of."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.cpu import contest, loading, models, table
+from bench.cpu.contest import DecodeCase, PrefillCase
+from bench.cpu.ours import agreement
+from bench.cpu.processes import Failed, Process
+from bench.cpu.record import Record, rounded
+from bench.cpu.worker import Worker
+
+NEW, CHUNK = 10, 4
+
+
+class InThread(Process):
+    """A worker in a thread of this process, on pipes as always."""
+
+    def __init__(self, contender: Any) -> None:
+        source, requests = os.pipe()
+        answers, sink = os.pipe()
+        self._requests, self._answers = os.fdopen(requests, "w"), os.fdopen(answers)
+
+        def serve() -> None:
+            with os.fdopen(source) as theirs, os.fdopen(sink, "w") as ours:
+                clock = getattr(contender, "clock", time.perf_counter)
+                worker = Worker(contender, 1, theirs, ours, clock)
+                worker.limits = lambda: {"read_bytes_per_s": 1e10}  # type: ignore[method-assign]
+                worker.serve()
+
+        self._thread = threading.Thread(target=serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._requests.close()
+        self._thread.join(30)
+        self._answers.close()
+        assert not self._thread.is_alive()
+
+
+class Fake:
+    """A contender of a known speed, by a clock of its own, that answers right or as told."""
+
+    def __init__(
+        self, seconds: float = 0.0, logits: float = 0.0, token: int = 7, error: str = ""
+    ) -> None:
+        self.seconds, self.difference, self.token, self.error = seconds, logits, token, error
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def prepare(self) -> None:
+        pass
+
+    def load(self) -> None:
+        if self.error == "load":
+            raise ModuleNotFoundError("No module named 'rival'")
+
+    def logits(self, ids: list[int]) -> Any:
+        values = np.random.default_rng(0).normal(size=(len(ids), 50)).astype(np.float32)
+        values[0, 0] += self.difference
+        return values
+
+    def generate(self, prompt: list[int], new: int, on_token: Any) -> None:
+        for i in range(new):
+            if self.error == "generate" and i == CHUNK + 2:
+                raise RuntimeError("out of memory\nmore")
+            self.now += self.seconds
+            on_token(self.token + i)
+
+    def prefill(self, rows: list[list[int]]) -> list[int]:
+        self.now += self.seconds
+        return [self.token + len(row) for row in rows]
+
+
+def decoded(**fakes: Fake) -> dict[str, Any]:
+    names = {"base": table.BASE, "bare": table.BARE, "ours": table.OURS, "again": table.AGAIN}
+    named = {names.get(key, key): fake for key, fake in fakes.items()}
+    case = DecodeCase("tiny", "float32", 5, NEW, CHUNK)
+    started = iter([InThread(Fake()), *map(InThread, named.values())])  # the measurer comes first
+    return contest.decode(case, tuple(named), lambda name: next(started), lambda text: None)
+
+
+def test_ratios_are_of_turns_and_the_noise_is_known() -> None:
+    record = decoded(base=Fake(0.02), bare=Fake(0.005), ours=Fake(0.01), again=Fake(0.01 / 1.1))
+    ours = record["contenders"][table.OURS]
+    assert len(ours["seconds"]) == 3  # chunks of 4, 4 and 1 after the first token
+    assert ours["token_s"]["samples"] == NEW - 1
+    assert ours["times_base"]["p50"] == pytest.approx(2)
+    assert record["contenders"][table.BASE]["times_base"]["p50"] == 1
+    assert record["contenders"][table.BASE]["times_ours"]["p50"] == pytest.approx(0.5)
+    assert ours["share_of_bare"]["p50"] == pytest.approx(0.5)
+    assert record["noise"] == pytest.approx(0.1)
+    assert record["limits"]["read_bytes_per_s"]["p50"] == 1e10
+
+
+@pytest.mark.parametrize(
+    ("rival", "kind", "reason"),
+    [
+        (Fake(error="load"), "not measured", "No module named 'rival'"),
+        (Fake(error="generate"), "not measured", "RuntimeError: out of memory"),
+        (Fake(logits=0.1), "wrong", "logits differ"),
+        (Fake(logits=float("nan")), "wrong", "logits differ"),
+        (Fake(token=8), "wrong", "new token 0 is 8, transformers' 7"),
+    ],
+)
+def test_whoever_fails_or_is_wrong_has_no_times(rival: Fake, kind: str, reason: str) -> None:
+    record = decoded(base=Fake(), ours=Fake(), **{"CTranslate2": rival})
+    report = record["contenders"]["CTranslate2"]
+    assert reason in report[kind]
+    assert "seconds" not in report
+    assert "times_base" in record["contenders"][table.OURS]
+
+
+def test_fewer_bits_may_choose_other_tokens_within_reason() -> None:
+    record = decoded(base=Fake(), **{"CTranslate2 int8": Fake(logits=5.0, token=9)})
+    report = record["contenders"]["CTranslate2 int8"]
+    assert report["agreement"]["argmax"] >= 0.98
+    assert "times_base" in report
+    broken = decoded(base=Fake(), **{"CTranslate2 int8": Fake(logits=500.0)})
+    assert "wrong" in broken["contenders"]["CTranslate2 int8"]
+
+
+def test_without_the_reference_nothing_is_measured() -> None:
+    with pytest.raises(Failed, match="No module named 'rival'"):
+        decoded(base=Fake(error="load"), ours=Fake())
+
+
+def test_prefill_takes_turns_after_a_warm_up() -> None:
+    fakes = [Fake(), Fake(0.02), Fake(0.01), Fake(token=8)]
+    started = iter([InThread(fake) for fake in fakes])
+    names = (table.BASE, table.OURS, "llama.cpp")
+    case = PrefillCase("tiny", 2, 6, 3)
+    record = contest.prefill(case, names, lambda name: next(started), lambda text: None)
+    assert [len(record["contenders"][name]["seconds"]) for name in names[:2]] == [3, 3]
+    assert record["contenders"][table.OURS]["times_base"]["p50"] == pytest.approx(2)
+    assert "wrong" in record["contenders"]["llama.cpp"]
+
+
+def test_loading_starts_a_process_each_time() -> None:
+    count = 0
+
+    def start(name: str) -> InThread:
+        nonlocal count
+        count += 1
+        return InThread(Fake(error="load" if name == "llama.cpp" else ""))
+
+    names = (table.BASE, table.OURS, "llama.cpp")
+    record = loading.loading("tiny", names, table.BASE, 2, start, lambda text: None)
+    assert count == 3 + 3 + 3 + 1  # to prepare; and in each turn those that load
+    ours = record["contenders"][table.OURS]
+    assert ours["first_token"]["samples"] == ours["times_base"]["samples"] == 2
+    assert ours["peak_bytes"] > 1e7
+    assert "not measured" in record["contenders"]["llama.cpp"]
+
+
+def test_a_process_that_dies_is_told_with_its_last_words(tmp_path: Path) -> None:
+    process = Process("nobody", "tiny", 1)
+    try:
+        with pytest.raises(Failed, match="KeyError: 'nobody'"):
+            process.ask("load")
+    finally:
+        process.close()
+
+
+def test_every_name_is_somebody() -> None:
+    groups = (*table.COMPANIES.values(), table.PREFILL, table.PREFILL_BATCH, table.LOADING)
+    for name in {name for group in groups for name in group} | table.EXACT:
+        table.make(name, "tiny", 1)
+
+
+def test_agreement() -> None:
+    reference = np.array([[1.0, 2.0], [3.0, -4.0]], np.float32)
+    assert agreement(reference, reference) == {"error": 0, "largest": 0, "argmax": 1}
+    other = np.array([[2.0, 1.0], [3.0, -4.0]], np.float32)
+    found = agreement(reference, other)
+    assert found["argmax"] == 0.5
+    assert found["largest"] == 0.25
+    assert found["error"] == pytest.approx(np.sqrt(0.5) / reference.std())
+
+
+def test_record_is_whole_after_every_case(tmp_path: Path) -> None:
+    record = Record("decode", 1.0, tmp_path)
+    record.add({"model": "tiny", "seconds": [0.123456789]})
+    written = json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))
+    assert written["cases"] == [{"model": "tiny", "seconds": [0.1235]}]
+    assert {"commit", "processor", "versions", "threads", "flags"} <= written.keys()
+    assert not record.time_is_up()
+    assert rounded({"a": (1.23456, 7, "x")}) == {"a": [1.235, 7, "x"]}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(models, "ROOT", tmp_path)
+    return "tiny"
+
+
+def test_ours_and_the_references_pass_their_gate(tiny: str) -> None:
+    """The real ones, on a model made as the measured ones are."""
+    names = (
+        table.BASE,
+        "pytorch-pretrained-bert",
+        table.BARE,
+        table.OURS,
+        "gpt2fast general",
+        "gpt2fast bfloat16",
+    )
+    started = iter([InThread(Fake()), *(InThread(table.make(name, tiny, 1)) for name in names)])
+    case = DecodeCase(tiny, "float32", 20, NEW, CHUNK)
+    record = contest.decode(case, names, lambda name: next(started), lambda text: None)
+    for name, report in record["contenders"].items():
+        assert "times_base" in report, (name, report)
+    assert record["contenders"][table.OURS]["agreement"]["largest"] < 1e-5
+    assert record["contenders"]["gpt2fast bfloat16"]["agreement"]["error"] < 0.05
+    assert len(list((models.ROOT / "tiny").iterdir())) == 1  # made once, and nothing left over
+
+
+def test_prefill_of_ours_is_transformers(tiny: str) -> None:
+    rows = [contest.tokens(12, seed) for seed in (1, 2)]
+    first = []
+    for name in (table.BASE, table.OURS, "pytorch-pretrained-bert"):
+        contender = table.make(name, tiny, 1)
+        contender.load()
+        first.append(contender.prefill(rows))
+    assert first[0] == first[1] == first[2]
