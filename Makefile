@@ -45,5 +45,8 @@ $(BIN)/pip:
 $(VENV)/%.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	$(call install,'.[$*]')
 
+$(VENV)/bench.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/pip
+	$(call install,'.[bench,peers]')
+
 $(VENV)/demo.stamp: pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	$(call install,.)
