@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gpt2fast.engine.engine import MAX_SLOTS, Engine
+from gpt2fast.engine.runner import OutOfMemory
 from gpt2fast.engine.weights import fingerprint, why_not
 from gpt2fast.kernels.backend import serves
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _LEAST_SLOTS = 4  # so that a few calls at once find room
 _LEAST_CAPACITY = 1024
+_NO_MEMORY = ("can't allocate memory", "not enough memory")  # how PyTorch says it on a CPU
 _CPU_SLOTS = 64  # attention goes slot by slot there: more rows are better evaluated as one batch
 
 
@@ -137,9 +139,9 @@ def _build(
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
         return True
-    return "memory" in str(error).lower() or type(error).__name__ == "OutOfMemory"
+    return any(text in str(error) for text in _NO_MEMORY)
 
 
 def _power_of_two(count: int) -> int:

@@ -1,13 +1,17 @@
 """A random GPT-2, small but at a trained model's scale, and the same model run the general way."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
-from gpt2fast import GPT2Config, GPT2LMHeadModel
+from gpt2fast import Engine, GPT2Config, GPT2LMHeadModel
+from gpt2fast.engine import kept
 
 VOCAB_SIZE, POSITIONS = 97, 48
+IDS = [[9, 10, 11]]
+PLAIN: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": []}
 
 
 def make_model(**overrides: object) -> GPT2LMHeadModel:
@@ -32,6 +36,13 @@ def general(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     model = copy.deepcopy(model)
     model.transformer.register_forward_pre_hook(lambda *_: None)
     return model
+
+
+def engine_of(model: GPT2LMHeadModel) -> Engine:
+    """The one that `generate` keeps."""
+    engine = kept._KEPT[model].engine
+    assert engine is not None
+    return engine
 
 
 @pytest.fixture
