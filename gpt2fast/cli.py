@@ -82,6 +82,12 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="where the model's context is full, go on from its last half instead of ending",
     )
+    parser.add_argument(
+        "--prompt-lookup",
+        type=_positive,
+        metavar="N",
+        help="propose up to N tokens at once where the text repeats itself: the same text, sooner",
+    )
     parser.add_argument("--no-prompt", action="store_true", help="print the continuation alone")
     parser.add_argument("--json", action="store_true", help="one JSON object when it is finished")
 
@@ -197,6 +203,7 @@ def _generate(args: argparse.Namespace) -> int:
         "repetition_penalty": args.repetition_penalty,
         "stop_strings": args.stop,
         "context_policy": "slide" if args.slide else "stop",
+        "prompt_lookup_num_tokens": args.prompt_lookup,
         "seed": seed,
         "tokenizer": tokenizer,
     }

@@ -38,6 +38,7 @@ def collect() -> dict[str, Any]:
         "backend": backend,
         "ops": {op: "Triton" if kernel and own else "PyTorch" for op, kernel in OPS.items()},
         "why": why,
+        "engine": _engine("cuda" if devices else "cpu"),
         "checkpoints": {"bundled": _bundled(), **_cached()},
     }
 
@@ -64,6 +65,7 @@ def report(facts: dict[str, Any]) -> str:
         f"device: {facts['default_device']}, backend: {facts['backend']}",
         *(f"ops by {name}: {', '.join(ops)}" for name, ops in ops_of.items()),
         f"why: {facts['why']}",
+        f"decode engine of generate: {facts['engine']}",
         "checkpoints:",
         *(f"  {name}: {path or 'not there'}" for name, path in facts["checkpoints"].items()),
     ]
@@ -127,6 +129,22 @@ def _implementation(backend: str, devices: list[dict[str, Any]]) -> tuple[bool, 
         return False, f"{why_not}: PyTorch's operators run instead"
     sees = "was built without CUDA" if torch.version.cuda is None else "sees no CUDA device"
     return False, f"this PyTorch {sees}: its operators run on the CPU"
+
+
+def _engine(kind: str) -> str:
+    """What runs the steps of `generate` on the default device."""
+    import torch
+
+    from gpt2fast.engine.kept import why_not_on
+
+    try:
+        why_not = why_not_on(torch.device(kind))
+    except RuntimeError as error:
+        why_not = str(error)
+    if why_not is not None:
+        return f"none ({why_not}): the model's forward pass, token by token"
+    runner = "our kernels in CUDA graphs" if kind == "cuda" else "PyTorch's operators"
+    return f"{runner}, for models without hooks, adapters or dropout"
 
 
 def _bundled() -> str | None:

@@ -47,16 +47,25 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 _TABLE = threading.Lock()
 
 
+def why_not_on(device: torch.device) -> str | None:
+    """Why `generate` uses no engine on a device; None where it does.
+
+    Raises:
+        RuntimeError: the triton backend is selected by hand and cannot run there.
+    """
+    if device.type == "cpu":
+        return "the kernels are selected by hand, in the interpreter" if serves(device) else None
+    if device.type == "cuda":
+        return None if serves(device) else "our kernels do not run on it"
+    return f"there is none for {device.type!r}"
+
+
 def why_not_kept(model: "LanguageModel") -> str | None:
     """Why `generate` does not use an engine for this model as it is now; None if it does."""
     device = model.device
-    if device.type not in ("cpu", "cuda"):
-        return f"the model is on {device}"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
-    if serves(device) != (device.type == "cuda"):
-        return "another backend is selected by hand, or no kernel runs on this GPU"
-    reason = why_not(model)
+    reason = why_not_on(device) or why_not(model)
     if reason is None and device.type == "cuda":
         from gpt2fast.engine.triton_runner import unsupported
 

@@ -52,6 +52,21 @@ def test_seed_repeats_and_another_differs(run: Run) -> None:
     assert first != other
 
 
+def test_prompt_lookup_changes_no_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = run("one two one two", "--seed", "1")[1]
+    lookups = []
+    original = GPT2LMHeadModel.stream
+
+    def stream(self: GPT2LMHeadModel, *args: object, **options: object) -> object:
+        lookups.append(options["prompt_lookup_num_tokens"])
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "stream", stream)
+    assert run("one two one two", "--seed", "1", "--prompt-lookup", "5")[1] == plain
+    assert lookups == [5]
+    assert run(PROMPT, "--prompt-lookup", "0")[0] == 2
+
+
 def test_a_drawn_seed_is_told_and_repeats(run: Run) -> None:
     _, out, err = run(PROMPT)
     seed = re.search(r"seed (\d+)", err)
@@ -134,15 +149,20 @@ def test_text_is_shown_as_it_comes_and_characters_never_by_halves(
     assert len(ids) > len(text)
     coming = iter(ids)
 
-    def forward(self: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-        logits = torch.zeros(*hidden.shape[:-1], self.out_features)
+    def say(module: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor | None:
+        if not isinstance(module, torch.nn.Linear):
+            return None
+        logits = torch.zeros_like(logits)
         logits[..., next(coming)] = 1
         return logits
 
-    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
-    assert run(PROMPT, "--greedy", "--max-new-tokens", str(len(ids)))[0] == 0
+    handle = torch.nn.modules.module.register_module_forward_hook(say)
+    try:
+        assert run(PROMPT, "--greedy", "--max-new-tokens", str(len(ids)))[0] == 0
+    finally:
+        handle.remove()
     shown = sorted(set(terminal.seen), key=len)
     ends = range(len(text) + 1)
     assert shown == ["", *(PROMPT + text[:end] for end in ends), f"{PROMPT}{text}\n"]

@@ -1,5 +1,6 @@
 """`gpt2fast info`: the facts it states are those of this process."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -63,11 +64,27 @@ def test_a_backend_chosen_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     assert "by hand" in found["why"]
 
 
+def test_what_runs_the_steps_of_generate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = facts(capsys)
+    runner = "our kernels in CUDA graphs" if found["cuda"] else "PyTorch's operators"
+    assert found["engine"].startswith(runner)
+    with kernels.backend("torch" if found["cuda"] else "triton"):
+        assert facts(capsys)["engine"].startswith("none (")
+    if not found["cuda"]:
+        module = importlib.import_module("gpt2fast.kernels.backend")
+        monkeypatch.setattr(module, "unavailable", lambda *_: "Triton is not installed")
+        with kernels.backend("triton"):
+            assert "but Triton is not installed" in facts(capsys)["engine"]
+
+
 def test_text_shows_what_json_holds(capsys: pytest.CaptureFixture[str]) -> None:
     found = facts(capsys)
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert found["why"] in text
+    assert found["engine"] in text
     assert f"device: {found['default_device']}" in text
     for name in (*found["ops"], *found["checkpoints"], found["packages"]["torch"]):
         assert name in text
