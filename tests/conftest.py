@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.interpreter import prepare_once_a_launch
+
 # Set before anything imports huggingface_hub, and inherited by subprocesses: no test reaches the
 # Hub or reads the user's cache and token. Tests of the Hub path set HF_ENDPOINT to a loopback
 # server of their own.
@@ -26,6 +28,8 @@ def _seed() -> None:
     # Not imported here, so that tests of the tokenizer alone run without torch.
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+    if "triton.runtime.interpreter" in sys.modules:
+        prepare_once_a_launch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,36 @@
+"""Triton's interpreter, made to prepare itself once a launch.
+
+At every call of a device function the interpreter replaces the members of `triton.language` again,
+which takes it longer than the function itself: a millisecond, for what the launch has done already.
+"""
+
+from typing import Any
+
+
+def prepare_once_a_launch() -> None:
+    """From now on; a second call changes nothing."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_prepared"):
+        return
+    prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    replaced = {id(interpreter.tl), id(core)}
+    prepared: set[int] = set()
+    modules: dict[Any, set[int]] = {}
+
+    def prepare_new(fn: Any) -> Any:
+        if fn not in modules:
+            modules[fn] = {id(value) for value in fn.__globals__.values()} & replaced
+        if modules[fn] <= prepared:
+            return None
+        prepared.update(modules[fn])
+        return prepare(fn)
+
+    def launch_afresh(self: Any, *args: Any, **keywords: Any) -> None:
+        prepared.clear()
+        launch(self, *args, **keywords)
+
+    interpreter._patch_lang = prepare_new
+    interpreter.GridExecutor.__call__ = launch_afresh  # type: ignore[method-assign]
+    interpreter._prepared = True  # type: ignore[attr-defined]
