@@ -10,7 +10,7 @@ The cache is one tensor ``[L, 2, S, H, capacity, D]``: ``cache[l]`` is what
 `gpt2fast.kernels.attention_append` takes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class StepBuffers:
         chosen, chosen_log_probs: int64 and float32 ``[M]``, each row's token, or -1 where no score
             is finite, and its logarithm of the probability, where somebody reads it.
         candidates: int64 ``[M, candidates]``, room for the choice.
+        arrivals: int64 ``[1]``, how often a program of `decode_persistent` has come to a barrier.
     """
 
     splits: int
@@ -81,6 +82,7 @@ class StepBuffers:
     chosen: Tensor
     chosen_log_probs: Tensor
     candidates: Tensor
+    arrivals: Tensor
 
     @property
     def rows(self) -> int:
@@ -130,6 +132,7 @@ class StepBuffers:
             chosen=zeros(rows, dtype=torch.int64),
             chosen_log_probs=zeros(rows),
             candidates=zeros(rows, configs.ENGINE_SELECT.candidates, dtype=torch.int64),
+            arrivals=zeros(1, dtype=torch.int64),
         )
 
 
@@ -186,6 +189,54 @@ def propose(
     from gpt2fast.kernels._triton.engine import sampling
 
     sampling.launch_propose(state, buffers, drafts, ngram, pdl)
+
+
+def persistent_buffers(buffers: StepBuffers) -> StepBuffers:
+    """The buffers as `decode_persistent` takes them: the same, but for ``best_*``."""
+    from gpt2fast.kernels._triton.engine.persistent import persistent_programs
+
+    shape = (buffers.rows, persistent_programs(buffers.slots.device))
+    own = {name: getattr(buffers, name) for name in ("best_value", "best_index", "best_sum")}
+    return replace(buffers, **{name: tensor.new_zeros(shape) for name, tensor in own.items()})
+
+
+def decode_persistent(
+    weights: DecodeWeights,
+    state: DecodeState,
+    cache: Tensor,
+    buffers: StepBuffers,
+    steps: int,
+    *,
+    greedy: bool,
+    drafts: int = 0,
+    ngram: int = 0,
+) -> None:
+    """Whole steps in one launch of a kernel that keeps all its programs resident.
+
+    Leaves the state, the cache and the buffers as ``steps`` times `propose`, with ``ngram``,
+    `evaluate` and `select_and_commit` do, up to the order in which sums are added; ends sooner
+    where no slot of the rows is RUNNING any longer.
+
+    Args:
+        buffers: of `persistent_buffers`; up to `FEW_ROWS` rows.
+        steps: at least 1.
+        drafts, ngram: as for `propose`; without ``ngram`` the drafts are what stands in
+            ``tokens``, and ``steps`` is 1.
+
+    Raises:
+        ValueError: too many rows, weights of several formats, or drafts for one step of several.
+        RuntimeError: the GPU cannot keep all programs at a time.
+    """
+    from gpt2fast.kernels._triton.engine import persistent
+
+    if buffers.rows > FEW_ROWS:
+        raise ValueError(f"the persistent kernel takes up to {FEW_ROWS} rows; got {buffers.rows}")
+    bits = [matrix.bits for matrix in (weights.qkv, weights.out, weights.fc, weights.proj)]
+    if len(set(bits)) > 1:
+        raise ValueError(f"the blocks' matrices must be of one format; got bits {bits}")
+    if steps != 1 and drafts and not ngram:
+        raise ValueError(f"drafts that are not proposed serve one step; got {steps} steps")
+    persistent.launch_decode(weights, state, cache, buffers, steps, greedy, drafts, ngram)
 
 
 def check_weights(weights: DecodeWeights) -> None:
