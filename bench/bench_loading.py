@@ -48,4 +48,4 @@ def test_loading(record: Record, model: str) -> None:
         lambda text: print(f"{model}: {text}", file=sys.stderr),
     )
     record.add(made)
-    print("\n".join(["", loading_table({"cases": [made]}), *missing([made])]), file=sys.stderr)
+    print("\n".join(["", loading_table([made]), *missing([made])]), file=sys.stderr)

@@ -1,22 +1,25 @@
-"""From the records of the CPU benchmarks to Markdown tables, the README's, and a plot.
+"""From the records of the CPU benchmarks to Markdown tables, the README's among them, and a plot.
 
-python -m bench.report            # print the tables
-python -m bench.report --write    # put them into the README, and draw the plot
+python -m bench.report            # print what the records hold
+python -m bench.report --write    # put the tables into the README, and draw the plot
 """
 
+import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+from gpt2fast.config import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu"
 README = ROOT / "README.md"
-PLOT = RESULTS / "decode.svg"
+PLOT = "decode.svg"
 
 Cases = list[dict[str, Any]]
-# What is a contender's for the method alone.
-_AGAIN = "gpt2fast again"
-_BARE = "bare loop"
+AGAIN = "gpt2fast again"
+BARE = "bare loop"
 _MODELS = {"gpt2": "124M", "gpt2-medium": "355M"}
 
 
@@ -25,59 +28,68 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _by_contender(cases: Cases) -> dict[str, dict[str, dict[str, Any]]]:
-    """Contender -> column -> report; of several companies the first counts."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for case in cases:
-        for name, report in case.get("contenders", {}).items():
-            if name != _AGAIN:
-                found.setdefault(name, {}).setdefault(column(case), report)
-    return found
-
-
 def column(case: dict[str, Any]) -> str:
     """The name of a case's column."""
     model = _MODELS.get(case["model"], case["model"])
     if "new" in case:
         return f"{model}, {case['prompt']} + {case['new'] - 1}"
-    return f"{model}, {case['batch']} x {case['prompt']}"
+    if "batch" in case:
+        return f"{model}, {case['batch']} x {case['prompt']}"
+    return model
+
+
+def by_contender(cases: Cases) -> dict[str, dict[str, dict[str, Any]]]:
+    """Contender -> column -> report; where two companies have it, the first counts."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for case in cases:
+        for name, report in case.get("contenders", {}).items():
+            if name != AGAIN:
+                found.setdefault(name, {}).setdefault(column(case), report)
+    return found
 
 
 def _cell(report: dict[str, Any] | None) -> str:
     if report is None or "p" not in report:
         return "wrong" if report and "wrong" in report else ""
     times = report["times_base"]
-    spread = f" ({times['p20']:.2f} to {times['p80']:.2f})"
-    return f"{1e3 * report['p']['p50']:.1f} ms, **{times['p50']:.2f}**{spread}"
+    return (
+        f"{1e3 * report['p']['p50']:.3g} ms, **{times['p50']:.2f}** "
+        f"({times['p20']:.2f} to {times['p80']:.2f})"
+    )
 
 
 def times_table(cases: Cases) -> str:
-    """Median milliseconds, times transformers' speed with p20 and p80 in brackets."""
-    columns = list(dict.fromkeys(map(column, cases)))
-    rows = []
-    for name, reports in _by_contender(cases).items():
-        cells = [_cell(reports.get(key)) for key in columns]
-        if any(cells):
-            rows.append([name, *cells])
-    return _markdown(["", *columns], rows)
+    """Median milliseconds, then how many times as fast as transformers, with p20 and p80."""
+    columns = list(dict.fromkeys(column(case) for case in cases if "contenders" in case))
+    rows = [
+        [name, *(_cell(reports.get(key)) for key in columns)]
+        for name, reports in by_contender(cases).items()
+    ]
+    return _markdown(["", *columns], [row for row in rows if any(row[1:])])
 
 
-def loading_table(record: dict[str, Any]) -> str:
-    """Seconds from the start of a process to the first token, and its largest memory."""
+def loading_table(cases: Cases) -> str:
+    """Seconds from the start of a process to its first token, and its largest memory."""
+    columns = list(dict.fromkeys(column(case) for case in cases if "contenders" in case))
     rows = []
-    cases = [case for case in record["cases"] if "contenders" in case]
-    columns = [_MODELS.get(case["model"], case["model"]) for case in cases]
-    for name in dict.fromkeys(name for case in cases for name in case["contenders"]):
-        cells = []
-        for case in cases:
-            report = case["contenders"].get(name, {})
+    for name, reports in by_contender(cases).items():
+        row = [name]
+        for report in (reports.get(key, {}) for key in columns):
             first, peak = report.get("first_token"), report.get("peak_bytes")
-            cells.append(f"{first['p50']:.1f}" if first else "")
-            cells.append(f"{peak / 1e6:.0f}" if peak else "")
-        if any(cells):
-            rows.append([name, *cells])
-    head = [f"{c}, {what}" for c in columns for what in ("first token, s", "memory, MB")]
-    return _markdown(["", *head], rows)
+            row.append(f"{first['p50']:.2f}" if first else "")
+            row.append(f"{peak / 1e6:.0f}" if peak else "")
+        rows.append(row)
+    head = [f"{c}, {what}" for c in columns for what in ("first token, s", "peak, MB")]
+    return _markdown(["", *head], [row for row in rows if any(row[1:])])
+
+
+def imports_line(record: dict[str, Any]) -> str:
+    """What importing costs, in a sentence."""
+    seconds = {kind: p["p50"] for kind, p in record["imports"].items()}
+    return (
+        f"`import torch` takes {seconds['torch']:.2f} s there, `import gpt2fast` "
+        f"{seconds['gpt2fast']:.3f} s more, the model's class {seconds['model']:.2f} s more."
+    )
 
 
 def missing(cases: Cases) -> list[str]:
@@ -89,15 +101,134 @@ def missing(cases: Cases) -> list[str]:
         for kind in ("not measured", "wrong")
         if kind in report
     }
-    lines |= {
-        f"{column(c)}: not measured: {c['not measured']}": None
-        for c in cases
-        if "not measured" in c
-    }
+    skipped = (case for case in cases if "not measured" in case)
+    lines |= {f"{column(case)}: not measured: {case['not measured']}": None for case in skipped}
     return list(lines)
 
 
-def load(name: str) -> dict[str, Any] | None:
+def machine_line(record: dict[str, Any]) -> str:
+    """Where, with what, and how still it was."""
+    limits = [case["limits"] for case in record["cases"] if "limits" in case]
+    versions = record["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if versions.get(name))
+    flags = ", ".join(record["flags"])
+    text = f"{record['processor']}, {record['threads']} threads ({flags}); {named}"
+    if limits:
+        read, product = (
+            sorted(limit[key]["p50"] for limit in limits)[len(limits) // 2] / 1e9
+            for key in ("read_bytes_per_s", "matmul_flop_per_s")
+        )
+        text += f"; it reads {read:.1f} GB/s and multiplies {product:.0f} GFLOP/s in float32"
+    noise = [case["noise"] for case in record["cases"] if "noise" in case]
+    if noise:
+        text += f"; the same program against itself differs by up to {max(noise):.0%}"
+    return text
+
+
+_VERSIONS = (
+    "torch",
+    "transformers",
+    "ctranslate2",
+    "onnxruntime",
+    "llama-cpp-python",
+)
+
+
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
     """A record, or None where none was written."""
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def sections(folder: Path = RESULTS) -> dict[str, str]:
+    """The README's parts that records make, by the names of their marks there."""
+    found = {}
+    for name in ("decode", "prefill"):
+        if (record := load(name, folder)) is not None:
+            lines = [times_table(record["cases"]), "", f"On {machine_line(record)}."]
+            found[name] = "\n".join([*lines, *_not_measured(record)])
+    if (record := load("loading", folder)) is not None:
+        lines = [loading_table(record["cases"]), "", imports_line(record)]
+        found["loading"] = "\n".join([*lines, *_not_measured(record)])
+    return found
+
+
+def _not_measured(record: dict[str, Any]) -> list[str]:
+    lines = missing(record["cases"])
+    return ["", *(f"- {line}" for line in lines)] if lines else []
+
+
+def filled(text: str, parts: dict[str, str]) -> str:
+    """A page with each part between its marks, ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    for name, part in parts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, count = re.subn(
+            pattern, lambda m, part=part: f"{m[1]}\n{part}\n\n{m[2]}", text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"the page has {count} places for {name}, expected 1")
+    return text
+
+
+def weight_bytes(model: str, bits: int) -> int:
+    """What a token's matrix products read: the blocks' matrices and the head."""
+    sizes = {"n_layer": 12, "n_embd": 768, **PRESETS[model]}
+    return (12 * sizes["n_layer"] * sizes["n_embd"] ** 2 + 50257 * sizes["n_embd"]) * bits // 8
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Bars of tokens a second after the short prompt, against the bounds of the same run."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    # Legible on white and on black: no background, grey text, colours of middle brightness.
+    grey, theirs, ours = "#808890", "#7f9bb8", "#e0862e"
+    style = {"text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey}
+    style |= {"xtick.color": grey, "ytick.color": grey, "svg.hashsalt": "gpt2fast"}
+    cases = [case for case in record["cases"] if "contenders" in case]
+    shortest = min(case["prompt"] for case in cases)
+    cases = [case for case in cases if case["prompt"] == shortest]
+    columns = list(dict.fromkeys(map(column, cases)))
+    table = by_contender(cases)
+    with plt.rc_context({**style, "font.size": 9}):
+        figure, axes = plt.subplots(1, len(columns), figsize=(5.2 * len(columns), 4), squeeze=False)
+        for axis, key in zip(axes[0], columns, strict=True):
+            case = next(case for case in cases if column(case) == key)
+            speeds = {n: 1 / r[key]["p"]["p50"] for n, r in table.items() if "p" in r.get(key, {})}
+            bound = speeds.pop(BARE, None)
+            names = sorted(speeds, key=speeds.__getitem__)
+            colours = [ours if name.startswith("gpt2fast") else theirs for name in names]
+            axis.barh(names, [speeds[name] for name in names], color=colours)
+            lines = {"float32 products alone": bound} if bound else {}
+            read = case["limits"]["read_bytes_per_s"]["p50"]
+            lines["reading int8 weights"] = read / weight_bytes(case["model"], 8)
+            for (label, speed), dashes in zip(lines.items(), ("--", ":"), strict=False):
+                axis.axvline(speed, color=grey, linestyle=dashes, label=label)
+            axis.set_title(key)
+            axis.set_xlabel("tokens a second")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.legend(frameon=False, loc="lower right")
+        figure.tight_layout()
+        figure.savefig(path, transparent=True, metadata={"Date": None})
+        plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="into the README, and draw the plot")
+    write = parser.parse_args().write
+    parts = sections()
+    for name, part in parts.items():
+        print(f"## {name}\n\n{part}\n")
+    if write:
+        README.write_text(filled(README.read_text(encoding="utf-8"), parts), encoding="utf-8")
+        if (record := load("decode")) is not None:
+            draw(record, RESULTS / PLOT)
+
+
+if __name__ == "__main__":
+    main()

@@ -46,7 +46,8 @@ def convert(checkpoint: Path, path: Path, kind: str) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.NORMAL] * len(tokens))
-    writer.add_token_merges([])
+    merges = (checkpoint / "merges.txt").read_text(encoding="utf-8").splitlines()
+    writer.add_token_merges([line for line in merges if line and not line.startswith("#version")])
     quantization = GGMLQuantizationType[kind]
     block = GGML_QUANT_SIZES[quantization][0]
     for name, tensor in load_file(checkpoint / "model.safetensors").items():

@@ -137,12 +137,12 @@ def test_without_the_reference_nothing_is_measured() -> None:
 def test_prefill_takes_turns_after_a_warm_up() -> None:
     fakes = [Fake(), Fake(0.02), Fake(0.01), Fake(token=8)]
     started = iter([InThread(fake) for fake in fakes])
-    names = (table.BASE, table.OURS, "llama.cpp")
+    names = (table.BASE, table.OURS, "ONNX Runtime")
     case = PrefillCase("tiny", 2, 6, 3)
     record = contest.prefill(case, names, lambda name: next(started), lambda text: None)
     assert [len(record["contenders"][name]["seconds"]) for name in names[:2]] == [3, 3]
     assert record["contenders"][table.OURS]["times_base"]["p50"] == pytest.approx(2)
-    assert "wrong" in record["contenders"]["llama.cpp"]
+    assert "wrong" in record["contenders"]["ONNX Runtime"]
 
 
 def test_loading_starts_a_process_each_time() -> None:

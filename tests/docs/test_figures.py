@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import report
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "bench" / "results" / "cpu" / "tokenizer.json"
 
@@ -30,6 +32,14 @@ def test_tokenizer_figures_are_those_of_the_record() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tokenizer_table(record) in readme
     assert f"{record['processor']}, {record['cores']} cores" in readme
+
+
+def test_tables_of_the_cpu_benchmarks_are_those_of_the_records() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    parts = report.sections()
+    assert report.filled(readme, parts) == readme, "python -m bench.report --write"
+    if "decode" in parts:
+        assert f"](bench/results/cpu/{report.PLOT})" in readme
 
 
 def test_losses_of_the_bundled_model() -> None:
