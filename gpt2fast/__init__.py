@@ -28,6 +28,7 @@ _EXPORTS = {
     "CheckpointError": "gpt2fast.checkpoint.weights",
     "GPT2Tokenizer": "gpt2fast.tokenizer",
     "backend": "gpt2fast.kernels",
+    "quantize": "gpt2fast.quantization",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from gpt2fast.kernels import backend as backend
     from gpt2fast.model import GPT2DoubleHeadsModel as GPT2DoubleHeadsModel
     from gpt2fast.model import GPT2LMHeadModel as GPT2LMHeadModel
+    from gpt2fast.quantization import quantize as quantize
     from gpt2fast.tokenizer import GPT2Tokenizer as GPT2Tokenizer
     from gpt2fast.transformer import GPT2Model as GPT2Model
 

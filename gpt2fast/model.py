@@ -18,6 +18,7 @@ from gpt2fast.generation import GenerationMixin
 from gpt2fast.inputs import check_range
 from gpt2fast.layers import is_plain
 from gpt2fast.outputs import CausalLMOutput, DeferredLogits, DoubleHeadsOutput, as_returned
+from gpt2fast.quantization import QuantizedHead
 from gpt2fast.transformer import GPT2Model, resized_rows
 
 __all__ = ["GPT2DoubleHeadsModel", "GPT2LMHeadModel", "GPT2Model"]
@@ -38,7 +39,11 @@ class _HeadModel(GenerationMixin, PreTrainedModel):
 
     def tie_weights(self) -> None:
         """Make the head's weight the token embedding's, if the configuration ties them."""
-        if self.config.tie_word_embeddings:
+        if not self.config.tie_word_embeddings:
+            return
+        if isinstance(self.lm_head, QuantizedHead):
+            self.lm_head.tie(self.transformer.wte)
+        else:
             self.lm_head.weight = self.transformer.wte.weight
 
     def _init_heads(self) -> None:

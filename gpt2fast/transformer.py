@@ -216,6 +216,8 @@ class GPT2Model(PreTrainedModel):
             raise ValueError(f"new_num_tokens must be positive; got {new_num_tokens}")
         if pad_to_multiple_of is not None:
             new_num_tokens = -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+        if not isinstance(self.wte, nn.Embedding):
+            raise TypeError(f"the token embedding is a {type(self.wte).__name__}: it has one size")
         old = self.wte.weight
         weight = resized_rows(old, new_num_tokens)
         self.wte = nn.Embedding.from_pretrained(weight, freeze=not old.requires_grad)

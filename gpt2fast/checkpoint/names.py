@@ -7,7 +7,7 @@ them, and the names of any model, to one form, and they are compared there.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,9 +52,7 @@ def rename_for(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any
     Raises:
         CheckpointError: two entries are the same parameter.
     """
-    names = {
-        canonical_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)
-    }
+    names = {canonical_name(name): name for name in _names(model)}
     renamed: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, value in state_dict.items():
@@ -67,6 +65,14 @@ def rename_for(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any
         renamed[target] = value
         origin[target] = name
     return renamed
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    """Of everything a state dict holds, whether its tensors are there at the moment or not."""
+    for prefix, module in model.named_modules():
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        for leaf in (*module._parameters, *kept):
+            yield f"{prefix}.{leaf}" if prefix else leaf
 
 
 def merge_tied(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, str]:

@@ -2,16 +2,22 @@
 
 import json
 import os
-import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gpt2fast.checkpoint.names import canonical_name, merge_tied, rename_for
+from gpt2fast.checkpoint.checks import (
+    DTYPES,
+    check_layers,
+    check_tensors,
+    listed,
+    stored_mode,
+)
+from gpt2fast.checkpoint.names import merge_tied, rename_for
 from gpt2fast.checkpoint.sources import Source, locate
 from gpt2fast.checkpoint.weights import (
     CONFIG_FILE,
@@ -23,19 +29,17 @@ from gpt2fast.checkpoint.weights import (
 )
 from gpt2fast.config import GPT2Config
 from gpt2fast.files import replacing
+from gpt2fast.quantization import (
+    is_form,
+    make_room,
+    quantize_tensors,
+    stored_tensors,
+)
 
 if TYPE_CHECKING:
     from gpt2fast.base import PreTrainedModel
 
 _Model = TypeVar("_Model", bound="PreTrainedModel")
-
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
-_LAYER = re.compile(r"h\.(\d+)\.")
 
 # Keywords of transformers' from_pretrained that change nothing here: memory is low anyway,
 # pickles always restricted, no code of a repository is ever run, one attention serves all cases.
@@ -80,6 +84,7 @@ def from_pretrained(
     subfolder: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     output_loading_info: bool = False,
+    quantize: str | None = None,
     **overrides: Any,
 ) -> Any:
     """Build a model and load a checkpoint into it; the model is in evaluation mode.
@@ -114,6 +119,8 @@ def from_pretrained(
         state_dict: tensors to load instead of the checkpoint's; they are copied.
         output_loading_info: also return a dict with the sets "missing_keys" (freshly initialised)
             and "unexpected_keys" (not used).
+        quantize: "int8", "fp16" or "int4": as `gpt2fast.quantize` does, a matrix at a time as it is
+            read. None for the checkpoint's own form, which may be one of these.
         **overrides: fields of the configuration to change.
 
     Returns:
@@ -153,12 +160,13 @@ def from_pretrained(
         tensors,
         dtype=_resolve_dtype(dtype if dtype is not None else torch_dtype, config, tensors),
         device=_resolve_device(device, device_map),
+        quantize=quantize,
         copy=state_dict is not None,
     )
     if missing:
-        _warn(f"{cls.__name__}: not in {source}, so newly initialised: {_listed(missing)}")
+        _warn(f"{cls.__name__}: not in {source}, so newly initialised: {listed(missing)}")
     if unexpected:
-        _warn(f"{cls.__name__}: in {source}, but not used: {_listed(unexpected)}")
+        _warn(f"{cls.__name__}: in {source}, but not used: {listed(unexpected)}")
     if not output_loading_info:
         return model
     return model, {
@@ -182,8 +190,9 @@ def save_pretrained(
 ) -> None:
     """Write ``config.json`` and the weights as safetensors, as transformers reads them.
 
-    A tied head is written once, as the embedding. Every file is replaced whole, so neither a kill
-    nor a model that maps the old file (this one, perhaps) is harmed.
+    A tied head is written once, as the embedding. A quantised model is written in its form, with a
+    ``quantization_config`` that other programs refuse to load. Every file is replaced whole, so
+    neither a kill nor a model that maps the old file (this one, perhaps) is harmed.
 
     Args:
         model: the model.
@@ -204,15 +213,18 @@ def save_pretrained(
         raise ValueError("safe_serialization=False: only safetensors are written")
     if not is_main_process:
         return
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tensors = stored_tensors(model)
     if state_dict is not None:
         given = rename_for(model, state_dict)
         merge_tied(model, given)
         if missing := tensors.keys() - given.keys():
-            raise ValueError(f"state_dict lacks {_listed(missing)}")
+            raise ValueError(f"state_dict lacks {listed(missing)}")
         tensors = {name: given[name] for name in tensors}
     if storage_dtype is not None:
-        tensors = {name: tensor.to(storage_dtype) for name, tensor in tensors.items()}
+        tensors = {
+            name: tensor if is_form(model, name) else tensor.to(storage_dtype)
+            for name, tensor in tensors.items()
+        }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, folder, max_shard_size)
@@ -261,65 +273,52 @@ def _read(source: Source) -> dict[str, Tensor]:
 def _load(
     cls: type[_Model],
     config: GPT2Config,
-    tensors: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
     *,
     dtype: torch.dtype,
     device: torch.device,
+    quantize: str | None,
     copy: bool,
 ) -> tuple[_Model, set[str], set[str]]:
     """The model with the tensors in it, and the names of what was missing and left over."""
-    _check_layers(config, tensors)
+    check_layers(config, tensors)
+    stored = stored_mode(config, quantize)
     try:
         with torch.device("meta"):
             model = cls(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         # On the meta device nothing is allocated, but sizes past 64 bits do not even exist.
         raise CheckpointError(f"the configuration's sizes are impossible: {error}") from error
-    expected = dict(model.named_parameters())
+    if stored is not None:
+        make_room(model, stored, dtype)
+    expected = stored_tensors(model)
     found = rename_for(model, tensors)
     merge_tied(model, found)
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     weights = {name: found[name] for name in expected if name in found}
-    _check_tensors(expected, weights)
+    check_tensors(model, expected, weights)
     absent = sum(expected[name].numel() for name in missing)
     if absent > (present := sum(tensor.numel() for tensor in weights.values())):
         raise CheckpointError(
             f"the checkpoint holds {present} of the parameters of a {cls.__name__} and lacks "
-            f"{absent}, among them {_listed(missing)}: it is not one of this model"
+            f"{absent}, among them {listed(missing)}: it is not one of this model"
         )
-    for name, tensor in weights.items():
-        weights[name] = tensor.to(device, dtype, copy=copy).contiguous()
     for name in missing:
-        weights[name] = torch.empty(expected[name].shape, dtype=dtype, device=device)
+        if is_form(model, name):
+            raise CheckpointError(f"the checkpoint lacks {name} of a quantised model")
+        weights[name] = torch.empty(expected[name].shape, dtype=dtype)
         model._init_parameter(name, weights[name])
+    if quantize is not None and stored is None:
+        found.clear()
+        tensors.clear()  # so that each float matrix goes when its form is there
+        quantize_tensors(model, weights, quantize)
+        make_room(model, quantize, dtype)
+    for name, tensor in weights.items():
+        cast = tensor.dtype if is_form(model, name) else dtype
+        weights[name] = tensor.to(device, cast, copy=copy).contiguous()
     nn.Module.load_state_dict(model, weights, strict=False, assign=True)
     model.tie_weights()
     return model.eval(), missing, unexpected
-
-
-def _check_layers(config: GPT2Config, tensors: Mapping[str, Tensor]) -> None:
-    """Before anything is built: are there as many layers as the configuration says?"""
-    names = [canonical_name(name) or "" for name in tensors]
-    layers = {match[1] for name in names if (match := _LAYER.match(name))}
-    if len(layers) < config.n_layer:
-        raise CheckpointError(
-            f"the configuration has n_layer={config.n_layer}, but the checkpoint holds "
-            f"{len(layers)} layers of GPT-2; it holds {_listed(tensors) or 'nothing'}"
-        )
-
-
-def _check_tensors(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    wrong = [
-        f"{name} is {list(tensor.shape)}, expected {list(expected[name].shape)}"
-        for name, tensor in weights.items()
-        if tensor.shape != expected[name].shape
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise CheckpointError(f"the checkpoint does not fit the configuration: {wrong[0]}{more}")
-    for name, tensor in weights.items():
-        if tensor.dtype not in _DTYPES.values():
-            raise CheckpointError(f"{name} is {tensor.dtype}, expected one of {', '.join(_DTYPES)}")
 
 
 def _resolve_dtype(
@@ -330,14 +329,14 @@ def _resolve_dtype(
     stated = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if stated is not None:
         return _as_dtype(stated, "the configuration's dtype", CheckpointError)
-    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.dtype in _DTYPES.values()]
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.dtype in DTYPES.values()]
     return dtypes[0] if dtypes else torch.get_default_dtype()
 
 
 def _as_dtype(value: object, what: str, error: type[ValueError]) -> torch.dtype:
-    dtype = _DTYPES.get(str(value).removeprefix("torch."))
+    dtype = DTYPES.get(str(value).removeprefix("torch."))
     if dtype is None:
-        raise error(f"{what} must be one of {', '.join(_DTYPES)}; got {value!r}")
+        raise error(f"{what} must be one of {', '.join(DTYPES)}; got {value!r}")
     return dtype
 
 
@@ -351,12 +350,6 @@ def _resolve_device(device: str | torch.device | None, device_map: Any) -> torch
         device_map = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = device_map if device is None else device
     return torch.device("cpu" if chosen is None else chosen)
-
-
-def _listed(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
-    return ", ".join(listed[:6]) + more
 
 
 def _warn(message: str) -> None:

@@ -1,0 +1,396 @@
+"""Models with low-bit weights: the modules that hold them, and a float model turned into one.
+
+The matrices of the blocks and of the head become int8 (a scale an output), fp16 or int4 (a scale a
+group of 128 inputs; head and embedding int8); the token embedding is read from the head's rows
+where they are tied. Position embeddings, LayerNorms and biases stay as they are. Such a model
+generates, and evaluates texts with or without labels; it has no gradients.
+
+On a CPU a matrix is laid out for the op that multiplies it at its first use, and kept in that
+layout alone: what the state dict then needs is unpacked from it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gpt2fast.kernels import packing, quantized
+from gpt2fast.layers import Conv1D, is_plain
+
+if TYPE_CHECKING:
+    from gpt2fast.base import PreTrainedModel
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+
+METHOD = "gpt2fast"
+CONFIG_FIELD = "quantization_config"
+# Mode -> bits of the blocks' matrices, and of the head and the token embedding.
+MODES = {"int8": (8, 8), "fp16": (16, 16), "int4": (4, 8)}
+_DTYPES = {16: torch.float16, 8: torch.int8, 4: torch.uint8}
+_FORMS: dict[int, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
+    16: lambda weight: (weight.half(), None),
+    8: packing.quantize_int8,
+    4: packing.quantize_int4,
+}
+_LARGEST = 65504  # of float16; weights are of the order of 1
+_BLOCK = 8192  # outputs that are quantised at a time
+_BLOCK_MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+class Quantized(nn.Module):
+    """A weight ``[N, K]`` in one of the forms of `gpt2fast.kernels.packing`.
+
+    Attributes:
+        bits: 16, 8 or 4.
+        outputs, inputs: N and K.
+        scale: None, float32 ``[N]`` or ``[N, ceil(K / 128)]``.
+        packed: the weight in the layout of a CPU's op; None before the first call and elsewhere.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.outputs, self.inputs = weight.shape[0], weight.shape[1] * (2 if bits == 4 else 1)
+        self.packed: quantized.Packed | None = None
+        self._buffers["weight"] = weight
+        self.register_buffer("scale", scale)
+        self.training = False
+
+    @property
+    def weight(self) -> Tensor:
+        """float16 or int8 ``[N, K]``, or uint8 ``[N, K / 2]``."""
+        held = self._buffers["weight"]
+        if held is None:
+            assert self.packed is not None
+            return self.packed.weight()
+        return held
+
+    def train(self, mode: bool = True) -> "Quantized":
+        """Refuses training.
+
+        Raises:
+            RuntimeError: ``mode`` is True.
+        """
+        if mode:
+            raise RuntimeError(
+                "a quantised model cannot be trained: its weights have no gradients. Train the "
+                "float model and quantise the result"
+            )
+        super().train(False)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"outputs={self.outputs}, inputs={self.inputs}, bits={self.bits}"
+
+    def unpack(self) -> None:
+        """Bring the weight back to the form that other devices, and the state dict, know."""
+        self._buffers["weight"], self.packed = self.weight, None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantized":
+        """Moves. A cast is for the floating tensors around the form, not for the form itself."""
+        if self.packed is not None and fn(torch.empty(0)).device.type != "cpu":
+            self.unpack()
+        form = {name: self._buffers.pop(name) for name in ("weight", "scale")}
+        super()._apply(fn, recurse)
+        for name, tensor in form.items():
+            self._buffers[name] = None if tensor is None else _moved(fn, tensor)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which know no packed layouts."""
+        return {
+            **self.__dict__,
+            "packed": None,
+            "_buffers": {**self._buffers, "weight": self.weight},
+        }
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        self.unpack()
+        for name in ("weight", "scale"):
+            given, held = state_dict.get(prefix + name), self._buffers[name]
+            # PyTorch would cast floats to integers without a word.
+            if given is not None and held is not None and given.dtype != held.dtype:
+                errors = lists[-1]
+                errors.append(
+                    f"{prefix}{name} is {given.dtype}; this quantised model's is {held.dtype}"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+
+
+class QuantizedEmbedding(Quantized):
+    """Rows of a weight; they come out in the dtype that the model is cast to."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> None:
+        super().__init__(weight, scale, bits)
+        like = torch.empty(0, dtype=dtype, device=weight.device)
+        self.register_buffer("like", like, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids ``[...]`` to ``[..., K]``."""
+        rows = self.weight[ids]
+        scale = None if self.scale is None else self.scale[ids]
+        return packing.dequantize(rows, scale, self.bits).to(self.like.dtype)
+
+
+class _Linear(Quantized):
+    """``x W^T + b``."""
+
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None
+    ) -> None:
+        super().__init__(weight, scale, bits)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., N]``, in the dtype of x.
+
+        Raises:
+            RuntimeError: x needs a gradient.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"no gradient passes through a {type(self).__name__}: call the model under "
+                "torch.no_grad(), or detach its inputs"
+            )
+        return self.rows(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.outputs)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The same for ``[M, K]``, without `forward`'s check."""
+        packed = self.packed
+        if packed is None and x.device.type == "cpu":
+            packed = self._pack()
+        if packed is None:
+            product = quantized.plain_linear(x, self.weight, self.scale, self.bits)
+        else:
+            product = packed(x.float())
+        if self.bias is not None:
+            product += self.bias
+        return product.to(x.dtype)
+
+    def _pack(self) -> quantized.Packed | None:
+        self.packed = packed = quantized.pack(self.weight, self.scale, self.bits)
+        return packed
+
+
+class QuantizedHead(_Linear):
+    """The language-model head. Its rows stay beside their packed layout: the embedding reads them.
+
+    Args:
+        weight, scale, bits: as `Quantized` has them.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, bits: int) -> None:
+        super().__init__(weight, scale, bits, None)
+
+    def tie(self, embedding: QuantizedEmbedding) -> None:
+        """Take the embedding's rows."""
+        rows = embedding._buffers
+        if self._buffers["weight"] is not rows["weight"]:
+            self._buffers.update(weight=rows["weight"], scale=rows["scale"])
+            self.packed = None
+
+
+class QuantizedConv1D(_Linear):
+    """Stands in for `Conv1D`, with the weight output-major. Packed, it keeps no second copy."""
+
+    def _pack(self) -> quantized.Packed | None:
+        # Another thread may be between these lines: the one is set before the other goes.
+        packed = super()._pack()
+        if packed is not None:
+            self._buffers["weight"] = None
+        return packed
+
+
+def quantize(model: Model, mode: str) -> Model:
+    """Turn a model's matrices into low-bit ones, in place; each float one is freed in turn.
+
+    The model is put into evaluation mode, for good, and its other parameters need no gradients
+    any more. Modules with hooks, adapters or biased heads are not touched: they are refused.
+
+    Args:
+        model: a `GPT2LMHeadModel`, `GPT2DoubleHeadsModel` or `GPT2Model`.
+        mode: "int8"; "fp16", which loses next to nothing; or "int4", which is for GPUs: on a CPU
+            it only saves memory, and is slow.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: an unknown mode; the model is quantised already; a weight is not finite, or
+            does not fit the form.
+        TypeError: the model has a module that cannot be quantised.
+    """
+    bits = bits_of(mode)
+    if (held := getattr(model.config, CONFIG_FIELD, None)) is not None:
+        raise ValueError(f"the model is quantised already: {held}")
+    targets = _targets(model)
+    for name, module in targets:
+        _check(name, module)
+    dtype = model.dtype
+    model.eval().requires_grad_(False)
+    rows: tuple[Tensor, Tensor | None] | None = None
+    for name, module in targets:
+        if not isinstance(module, nn.Linear) or rows is None:
+            form = _form(name, _output_major(module, module.weight.detach()), bits(name))
+        else:
+            form = rows
+        if isinstance(module, nn.Embedding) and model.config.tie_word_embeddings:
+            rows = form
+        model.set_submodule(name, _module(module, *form, bits(name), dtype))
+    setattr(model.config, CONFIG_FIELD, {"quant_method": METHOD, "mode": mode})
+    return model
+
+
+def bits_of(mode: str) -> Callable[[str], int]:
+    """The bits of a matrix by its name.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"quantize must be one of {', '.join(MODES)}; got {mode!r}")
+    matrices, rows = MODES[mode]
+    return lambda name: matrices if name.endswith(_BLOCK_MATRICES) else rows
+
+
+def stored_tensors(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """What a checkpoint holds: each parameter and each quantised tensor once, by its first name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized) and not (
+            isinstance(module, QuantizedHead) and model.config.tie_word_embeddings
+        ):
+            leaves = {leaf: getattr(module, leaf, None) for leaf in ("weight", "scale", "bias")}
+            tensors |= {f"{name}.{leaf}": t for leaf, t in leaves.items() if t is not None}
+    return tensors
+
+
+def is_form(model: nn.Module, name: str) -> bool:
+    """Whether a tensor's dtype is part of its form, and not the model's."""
+    module, _, leaf = name.rpartition(".")
+    return leaf in ("weight", "scale") and isinstance(model.get_submodule(module), Quantized)
+
+
+def make_room(model: "PreTrainedModel", mode: str, dtype: torch.dtype) -> None:
+    """Put empty quantised modules into a float model on the meta device, for `stored_tensors`."""
+    bits = bits_of(mode)
+    for name, module in _targets(model):
+        weight = _output_major(module, module.weight)
+        rows, inner = weight.shape
+        form = bits(name)
+        groups = -(-inner // packing.INT4_GROUP)
+        scale = {16: None, 8: (rows,), 4: (rows, groups)}[form]
+        data = weight.new_empty(rows, inner // 2 if form == 4 else inner, dtype=_DTYPES[form])
+        scales = None if scale is None else weight.new_empty(scale, dtype=torch.float32)
+        model.set_submodule(name, _module(module, data, scales, form, dtype))
+    model.requires_grad_(False)
+    setattr(model.config, CONFIG_FIELD, {"quant_method": METHOD, "mode": mode})
+
+
+def quantize_tensors(model: "PreTrainedModel", weights: dict[str, Tensor], mode: str) -> None:
+    """Turn a float model's tensors, by their names in it, into those of the mode, one by one."""
+    bits = bits_of(mode)
+    for name, module in _targets(model):
+        key = f"{name}.weight"
+        if key not in weights:
+            continue  # a tied head
+        weight = weights.pop(key)
+        form = _form(name, _output_major(module, weight), bits(name))
+        weights[key] = form[0]
+        if form[1] is not None:
+            weights[f"{name}.scale"] = form[1]
+
+
+def mode_of(config: Any) -> str | None:
+    """The mode of a checkpoint by its configuration; None for a float one.
+
+    Raises:
+        ValueError: another program quantised it, or the mode is unknown.
+    """
+    stated = getattr(config, CONFIG_FIELD, None)
+    if stated is None:
+        return None
+    method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
+    if not isinstance(stated, Mapping) or method != METHOD:
+        raise ValueError(
+            f"{CONFIG_FIELD}: only checkpoints that gpt2fast quantised are read "
+            f"(quant_method {METHOD!r}); got {method!r}"
+        )
+    mode = stated.get("mode")
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f"{CONFIG_FIELD}: mode must be one of {', '.join(MODES)}; got {mode!r}")
+    return mode
+
+
+def _targets(model: "PreTrainedModel") -> list[tuple[str, nn.Module]]:
+    """What is quantised, by name: the matrices of the blocks, the embedding, then the head."""
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    layers = range(len(model.get_submodule(f"{prefix}h")))
+    names = [f"{prefix}h.{i}.{matrix}" for i in layers for matrix in _BLOCK_MATRICES]
+    names.append(f"{prefix}wte")
+    if hasattr(model, "lm_head"):
+        names.append("lm_head")
+    return [(name, model.get_submodule(name)) for name in names]
+
+
+def _check(name: str, module: nn.Module) -> None:
+    plain = (
+        is_plain(module, Conv1D)
+        or is_plain(module, nn.Embedding)
+        or (is_plain(module, nn.Linear) and module.bias is None)
+    )
+    if not plain:
+        raise TypeError(
+            f"{name} cannot be quantised: it is a {type(module).__name__} that was hooked, "
+            "replaced or given a bias"
+        )
+    if module.weight.is_meta:
+        raise ValueError(f"{name} is on the meta device: it has no values to quantise")
+
+
+def _form(name: str, weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """``[N, K]`` in the form of so many bits, a block of outputs at a time."""
+    if bits == 4 and weight.shape[1] % 2:
+        raise ValueError(f"int4 needs an even number of inputs; {name} has {weight.shape[1]}")
+    parts: list[tuple[Tensor, Tensor | None]] = []
+    for block in weight.split(_BLOCK):
+        top = block.abs().max().item()
+        if not top < _LARGEST:
+            raise ValueError(f"{name} holds {top}, which is not finite or too large")
+        parts.append(_FORMS[bits](block.contiguous()))
+    data = torch.cat([data for data, _ in parts])
+    scales = [scale for _, scale in parts if scale is not None]
+    return data, torch.cat(scales) if scales else None
+
+
+def _output_major(module: nn.Module, weight: Tensor) -> Tensor:
+    """``[N, K]`` of a module's weight, as a view."""
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def _module(
+    module: nn.Module, data: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype
+) -> Quantized:
+    """What stands in for a module."""
+    if isinstance(module, Conv1D):
+        return QuantizedConv1D(data, scale, bits, module.bias.detach())
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding(data, scale, bits, dtype)
+    return QuantizedHead(data, scale, bits)
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

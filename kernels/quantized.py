@@ -1,0 +1,246 @@
+"""Linear layers with low-bit weights: PyTorch's own ops, chosen by what they take on this machine.
+
+The forms are those of `gpt2fast.kernels.packing`, output-major ``[N, K]``: int8 with a scale an
+output, fp16, int4 with a scale a group. On a CPU int8 weights are multiplied with activations that
+are rounded to 8 bits as well, each row x_i of them with a range of its own,
+
+    x_i  ~  low_i + width_i u_i / levels,     u_i in 0 .. levels
+    x_i W^T  ~  width_i / levels (u_i q^T) scale + low_i sum_k W^T
+
+so a row comes out the same, bit for bit, whatever rows are evaluated with it: integers sum exactly.
+Without VNNI the CPU adds pairs of products in 16 bits, where 255 * 127 * 2 saturates: `levels` is
+then 127 instead of 255. Which is the case is found by trying.
+
+fp16 weights are multiplied in float32. Nothing here has a gradient.
+"""
+
+import functools
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2fast.kernels.packing import dequantize
+
+_FULL, _REDUCED = 255, 127
+# Outputs that are packed, or dequantised, at a time: bounds what exists in float32.
+_BLOCK = 8192
+
+
+class Packed(ABC):
+    """A weight in the layout of one op."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x W^T`` of float32 ``[M, K]``: float32 ``[M, N]``."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The weight ``[N, K]`` that was packed, value for value."""
+
+
+class _Int8(Packed):
+    """8-bit activations and weights; a subclass multiplies the integers."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, levels: int) -> None:
+        self._levels = levels
+        self._sums = weight.sum(1, dtype=torch.int32) * scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        low = x.amin(1, keepdim=True)
+        # Never 0, so that a row of equal values gives u = 0.
+        width = (x.amax(1, keepdim=True) - low).clamp_min_(1e-30)
+        product = self._multiply((x - low).div_(width))
+        return product.mul_(width).addcmul_(low, self._sums)
+
+    @abstractmethod
+    def _multiply(self, unit: Tensor) -> Tensor:
+        """``round(levels * unit) / levels`` times the weight, for values in 0 .. 1."""
+
+
+class Fbgemm(_Int8):
+    """``quantized.linear_*``: blocks laid out for the CPU's integer instructions."""
+
+    name = "quantized.linear"
+
+    def __init__(self, weight: Tensor, scale: Tensor, levels: int) -> None:
+        super().__init__(weight, scale, levels)
+        zeros = torch.zeros(len(weight), dtype=torch.long)
+        with warnings.catch_warnings():
+            # Tensors of these types are announced for removal; `int8_ops` copes with that.
+            warnings.simplefilter("ignore")
+            wrapped = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            self._packed: Any = torch.ops.quantized.linear_prepack(wrapped, None)
+
+    def _multiply(self, unit: Tensor) -> Tensor:
+        product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            unit, 1 / self._levels, 0, self._packed
+        )
+        return product
+
+    def weight(self) -> Tensor:
+        unpacked: Tensor = torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
+        return unpacked
+
+
+class Onednn(_Int8):
+    """``onednn.qlinear_pointwise``, which also knows the CPU's matrix tiles (AMX)."""
+
+    name = "onednn.qlinear"
+
+    def __init__(self, weight: Tensor, scale: Tensor, levels: int) -> None:
+        super().__init__(weight, scale, levels)
+        self._packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._scale, self._zeros = scale, torch.zeros(len(weight), dtype=torch.int32)
+
+    def _multiply(self, unit: Tensor) -> Tensor:
+        rounded = unit.mul_(self._levels).round_().to(torch.uint8)
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            rounded,
+            1 / self._levels,
+            0,
+            self._packed,
+            self._scale,
+            self._zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return product
+
+    def weight(self) -> Tensor:
+        return self._packed.to_dense().t().contiguous()
+
+
+class Fp16(Packed):
+    """``quantized.linear_dynamic_fp16``: weights widened in registers, float32 arithmetic."""
+
+    name = "quantized.linear_dynamic_fp16"
+
+    def __init__(self, weight: Tensor) -> None:
+        pack = torch.ops.quantized.linear_prepack_fp16
+        self._parts = [pack(part.float(), None) for part in weight.split(_BLOCK)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        multiply = torch.ops.quantized.linear_dynamic_fp16
+        products: list[Tensor] = [multiply(x, part) for part in self._parts]
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+    def weight(self) -> Tensor:
+        unpack = torch.ops.quantized.linear_unpack_fp16
+        return torch.cat([unpack(part)[0].half() for part in self._parts])
+
+
+Int8Op = Callable[[Tensor, Tensor], Packed]
+
+
+def plain_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor:
+    """``x W^T`` by dequantising a block of outputs at a time: any form, any device.
+
+    Args:
+        x: ``[M, K]``, of a floating dtype, in which the product is computed.
+        weight, scale, bits: as `gpt2fast.kernels.packing.Matrix` has them, without layers.
+    """
+    parts = weight.split(_BLOCK)
+    scales = [None] * len(parts) if scale is None else scale.split(_BLOCK)
+    products = [
+        F.linear(x, dequantize(part, part_scale, bits).to(x.dtype))
+        for part, part_scale in zip(parts, scales, strict=True)
+    ]
+    return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+
+def pack(weight: Tensor, scale: Tensor | None, bits: int) -> Packed | None:
+    """The weight in the layout of the fastest op; None where `plain_linear` has to serve.
+
+    Args:
+        weight, scale, bits: as for `plain_linear`, on the CPU.
+    """
+    if bits == 8 and scale is not None and (op := int8_op()) is not None:
+        return op(weight, scale)
+    if bits == 16 and fp16_packs():
+        return Fp16(weight)
+    return None
+
+
+@functools.cache
+def fp16_packs() -> bool:
+    """Whether this PyTorch has `Fp16`'s ops and they multiply correctly here."""
+    weight = _pattern(64, 64).half()
+    x = _pattern(3, 64)
+    try:
+        return torch.allclose(Fp16(weight)(x), x @ weight.float().t(), rtol=1e-3, atol=1e-3)
+    except (RuntimeError, AttributeError):
+        return False
+
+
+@functools.cache
+def int8_op() -> Int8Op | None:
+    """The fastest of `int8_ops` for 128 tokens after a prompt of as many; None if there is none."""
+    rows = int8_ops()
+    if not rows:
+        return None
+    name = min(rows, key=lambda op: 128 * rows[op]["one row"] + rows[op]["128 rows"])
+    kind = next(kind for kind in (Fbgemm, Onednn) if kind.name == name)
+    return functools.partial(kind, levels=int(rows[name]["levels"]))
+
+
+@functools.cache
+def int8_ops() -> dict[str, dict[str, float]]:
+    """What this machine's int8 ops take, measured at the first call, in some milliseconds.
+
+    Returns:
+        for each op that is there and right: "levels" of its activations, and the milliseconds that
+        a 768 by 768 matrix takes with "one row" and "128 rows".
+    """
+    table = {}
+    weight, scale = _pattern(768, 768).mul_(127).to(torch.int8), torch.full((768,), 1 / 127)
+    many = _pattern(128, 768)
+    with torch.inference_mode(False), torch.no_grad():
+        for kind in (Fbgemm, Onednn):
+            try:
+                levels = _FULL if _is_exact(kind, _FULL) else _REDUCED
+                if levels == _REDUCED and not _is_exact(kind, _REDUCED):
+                    continue
+                packed = kind(weight, scale, levels)
+                one, more = _milliseconds(packed, many[:1]), _milliseconds(packed, many)
+            except (RuntimeError, AttributeError):
+                continue  # this PyTorch, or this processor, does not have it
+            table[kind.name] = {"levels": levels, "one row": one, "128 rows": more}
+    return table
+
+
+def _is_exact(kind: type[Fbgemm] | type[Onednn], levels: int) -> bool:
+    """Whether the largest activations and weights are summed exactly, in each sign."""
+    weight = torch.full((64, 256), 127, dtype=torch.int8)
+    weight[1::2] = -127
+    unit = torch.ones(2, 256)
+    product = kind(weight, torch.ones(64), levels)._multiply(unit.clone())
+    return torch.allclose(product, unit @ weight.float().t(), rtol=1e-5)
+
+
+def _milliseconds(op: Packed, x: Tensor) -> float:
+    """The best of a few calls, after a first one."""
+    op(x)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        op(x)
+        best = min(best, time.perf_counter() - start)
+    return 1e3 * best
+
+
+def _pattern(rows: int, columns: int) -> Tensor:
+    """Values in -1 .. 1, without touching the state of random numbers."""
+    return torch.arange(1.0, rows * columns + 1).mul_(0.7548777).sin_().view(rows, columns)
