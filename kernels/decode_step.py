@@ -60,7 +60,7 @@ class StepBuffers:
             exp(logit - largest). A share without logits: -inf, 0, 0.
         chosen, chosen_log_probs: int64 and float32 ``[M]``, each row's token, or -1 where no score
             is finite, and its logarithm of the probability, where somebody reads it.
-        candidates: int64 ``[M, candidates]``, room for the choice.
+        scores, candidates: float32 ``[M, V]`` and int64 ``[M, candidates]``, room for the choice.
         arrivals: int64 ``[1]``, how often a program of `decode_persistent` has come to a barrier.
     """
 
@@ -81,6 +81,7 @@ class StepBuffers:
     best_sum: Tensor
     chosen: Tensor
     chosen_log_probs: Tensor
+    scores: Tensor
     candidates: Tensor
     arrivals: Tensor
 
@@ -131,6 +132,7 @@ class StepBuffers:
             best_sum=zeros(rows, programs),
             chosen=zeros(rows, dtype=torch.int64),
             chosen_log_probs=zeros(rows),
+            scores=zeros(rows, vocab_size),
             candidates=zeros(rows, configs.ENGINE_SELECT.candidates, dtype=torch.int64),
             arrivals=zeros(1, dtype=torch.int64),
         )
