@@ -5,7 +5,7 @@ import os
 import select
 import subprocess
 import sys
-import time
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ class Process:
     """
 
     def __init__(self, contender: str, model: str, threads: int) -> None:
-        self.started = time.perf_counter()
         source, requests = os.pipe()
         answers, sink = os.pipe()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe would fill up)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [
@@ -41,7 +41,7 @@ class Process:
             pass_fds=(source, sink),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
         )
         os.close(source)
         os.close(sink)
@@ -72,8 +72,10 @@ class Process:
 
     def _end(self) -> str:
         """The last words of a process that is gone."""
-        _, errors = self._process.communicate(timeout=30)
-        words = errors.decode("utf-8", "replace").strip().splitlines() or ["nothing on stderr"]
+        self._process.wait(30)
+        self._errors.seek(0)
+        text = self._errors.read().decode("utf-8", "replace")
+        words = text.strip().splitlines() or ["nothing on stderr"]
         return f"the process ended with {self._process.returncode}: {words[-1]}"[:300]
 
     def close(self) -> None:
@@ -82,5 +84,4 @@ class Process:
         with suppress(BrokenPipeError):
             self._requests.close()
         self._answers.close()
-        if self._process.stderr is not None:
-            self._process.stderr.close()
+        self._errors.close()
