@@ -8,12 +8,19 @@ matrix at a time, into a buffer that all layers share.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2fast.layers import Conv1D
+from gpt2fast.quantization import QuantizedConv1D, QuantizedEmbedding, QuantizedHead
+
+if TYPE_CHECKING:
+    from gpt2fast.generation.decoding import LanguageModel
 
 _HEAD_ROWS = 4096  # of a head that is cast piece by piece
 _DIRECT_HEAD_ROWS = 2  # of hidden states, up to which a 16-bit head is read as it is
@@ -44,15 +51,14 @@ class _Plain(Linear):
         total.add_(self._bias).addmm_(x, self._weight)
 
 
-class _Called(Linear):
-    """A module that computes the product in its own way."""
+class _LowBit(Linear):
+    """A quantised module, which knows its own op."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: QuantizedConv1D) -> None:
+        self._rows = module.rows
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
-        product: Tensor = self._module(x)
-        return product
+        return self._rows(x)
 
 
 class _Cast(Linear):
@@ -81,7 +87,7 @@ class _Cast(Linear):
         return torch.mv(self._weight.t(), x[0].to(self._weight.dtype))[None]
 
 
-class Head:
+class _Head:
     """Logits from the head's weight ``[V, C]``."""
 
     def __init__(self, weight: Tensor, buffer: "_Buffer | None") -> None:
@@ -91,7 +97,6 @@ class Head:
             buffer.reserve(self._rows * weight.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``[M, C]`` to ``[M, V]`` in float32."""
         weight = self._weight
         if self._buffer is None or len(x) <= _DIRECT_HEAD_ROWS:
             return F.linear(x.to(weight.dtype), weight).float()
@@ -106,24 +111,37 @@ class Linears:
     """Makes the layers of one model.
 
     Attributes:
-        dtype: of activations: the weights' own, or float32 where that has no fast products.
+        dtype: of activations: the weights' own, or float32 where that has no fast products, as low
+            bits have none on a CPU.
     """
 
-    def __init__(self, weights: torch.dtype, device: torch.device) -> None:
-        self.dtype = weights if multiplies(weights, device) else torch.float32
-        self._buffer = None if self.dtype == weights else _Buffer(device)
+    def __init__(self, model: "LanguageModel") -> None:
+        weights, device = model.dtype, model.device
+        low_bit = isinstance(model.lm_head, QuantizedHead)
+        fast = multiplies(weights, device) and not (low_bit and device.type == "cpu")
+        self.dtype = weights if fast else torch.float32
+        self._buffer = None if fast else _Buffer(device)
 
-    def layer(self, module: nn.Module) -> Linear:
-        """The layer of a `Conv1D`, or of a module that is to be called."""
-        if not isinstance(module, Conv1D):
-            return _Called(module)
+    def layer(self, module: Conv1D | QuantizedConv1D) -> Linear:
+        if isinstance(module, QuantizedConv1D):
+            return _LowBit(module)
         weight, bias = module.weight.detach(), module.bias.detach()
         if self._buffer is None:
             return _Plain(weight, bias)
         return _Cast(weight, bias, self._buffer)
 
-    def head(self, weight: Tensor) -> Head:
-        return Head(weight.detach(), self._buffer)
+    def head(self, module: nn.Linear | QuantizedHead) -> Callable[[Tensor], Tensor]:
+        """Hidden states ``[M, C]`` to logits ``[M, V]`` in float32."""
+        if isinstance(module, QuantizedHead):
+            rows = module.rows
+            return lambda x: rows(x).float()
+        return _Head(module.weight.detach(), self._buffer)
+
+    def embedding(self, module: nn.Embedding | QuantizedEmbedding) -> Callable[[Tensor], Tensor]:
+        """Ids ``[M]`` to rows ``[M, C]``."""
+        if isinstance(module, QuantizedEmbedding):
+            return module
+        return partial(torch.embedding, module.weight.detach())
 
 
 class _Buffer:

@@ -92,25 +92,23 @@ class TorchRunner:
 
     def __init__(self, model: "LanguageModel", slots: int, capacity: int) -> None:
         body, config = model.transformer, model.config
-        wte = body.wte.weight.detach()
-        device, width = wte.device, config.n_embd
+        linears = Linears(model)
         self.slots, self.capacity = slots, capacity
-        self.state = DecodeState.empty(slots, capacity, len(wte), device)
-        linears = Linears(wte.dtype, device)
-        self._wte, self._wpe = wte, body.wpe.weight.detach()
-        self._cached_dtype = wte.dtype
+        self.state = DecodeState.empty(slots, capacity, config.vocab_size, model.device)
+        self._embed, self._wpe = linears.embedding(body.wte), body.wpe.weight.detach()
+        self._cached_dtype = model.dtype
         self._layers = [
             _Layer.of(block, linears) for block in body.h if isinstance(block, GPT2Block)
         ]
         self._ln_f = _Norm.of(body.ln_f, linears.dtype)
-        self._head = linears.head(model.lm_head.weight)
+        self._head = linears.head(model.lm_head)
         # Zeros cost nothing before they are written: the system maps memory when it is touched.
         self._cache = torch.zeros(
-            (2 * len(self._layers), slots, config.n_head, capacity, width // config.n_head),
+            (2 * len(self._layers), slots, config.n_head, capacity, config.head_size),
             dtype=linears.dtype,
-            device=device,
+            device=model.device,
         )
-        self._widths = width, 3 * width, config.inner_size
+        self._widths = config.n_embd, 3 * config.n_embd, config.inner_size
         self._rows = _Rows(*(self._cache.new_empty(0, w) for w in self._widths))
 
     def prefill(self, slot: int, start: int, end: int) -> None:
@@ -174,7 +172,7 @@ class TorchRunner:
         tokens = self.state.tokens
         ids = [tokens[s, low : low + count] for s, low in zip(slots, starts, strict=True)]
         positions = [self._wpe[low : low + count] for low in starts]
-        torch.add(F.embedding(_joined(ids), self._wte), _joined(positions), out=hidden)
+        torch.add(self._embed(_joined(ids)), _joined(positions), out=hidden)
         spans = spans_of(self._cache, qkv, slots, starts, count)
         final = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
