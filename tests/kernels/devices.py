@@ -1,16 +1,10 @@
 """Where the kernels are tested: on the GPU where there is one, else in Triton's interpreter."""
 
-import importlib.util
-
 import pytest
 import torch
 
-from tests.kernels.interpreter import quicken
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-if DEVICE == "cpu" and importlib.util.find_spec("triton"):
-    quicken()
 # The interpreter computes bfloat16 wrongly.
 TRITON_DTYPES = DTYPES if DEVICE == "cuda" else [torch.float32, torch.float16]
 
