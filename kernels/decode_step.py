@@ -163,6 +163,17 @@ def evaluate(
     graph.evaluate(weights, state, cache, buffers, greedy, pdl)
 
 
+def evaluate_head(
+    weights: DecodeWeights, buffers: StepBuffers, *, greedy: bool, pdl: bool = False
+) -> None:
+    """The last phase of `evaluate` alone: from ``residual``, of up to `FEW_ROWS` rows."""
+    from gpt2fast.kernels._triton.engine import graph
+
+    if buffers.rows > FEW_ROWS:
+        raise ValueError(f"the head alone takes up to {FEW_ROWS} rows; got {buffers.rows}")
+    graph.launch_head(weights, buffers, greedy, pdl)
+
+
 def select_and_commit(
     state: DecodeState, buffers: StepBuffers, drafts: int, *, greedy: bool, pdl: bool = False
 ) -> None:
