@@ -446,8 +446,8 @@ def decode_rows_tile(outputs: int, rows: int, target: Target) -> DecodeRowsTile:
     if outputs >= 16 * 4 * target.multiprocessors:
         return DecodeRowsTile(warps=4, repeat=2, unroll=3, programs=3)
     if outputs >= 16 * target.multiprocessors:
-        return DecodeRowsTile(warps=4, repeat=2, unroll=4, programs=8)
-    return DecodeRowsTile(warps=4, repeat=1, unroll=6 if rows < 4 else 4, programs=8)
+        return DecodeRowsTile(warps=4, repeat=2, unroll=4, programs=4)
+    return DecodeRowsTile(warps=4, repeat=1, unroll=6 if rows < 4 else 4, programs=4)
 
 
 def decode_rows_keep(rows: int, inputs: int) -> bool:
@@ -483,3 +483,47 @@ def persistent_tile(
     most = min(chunks, _PERSISTENT_LOADS // repeat)
     unroll = -(-chunks // -(-chunks // most))
     return DecodeRowsTile(PERSISTENT_WARPS, repeat, unroll, programs=1)
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """Of ``engine/tiles.py``: outputs, inputs a step, warps, stages. All rows are in one tile."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def decode_tile(rows: int, bits: int, element_size: int) -> DecodeTile:
+    """For 8 to 256 rows; bits of a weight, bytes of an activation. All predicted.
+
+    Up to 64 rows the weights' bytes set the time: 32 outputs give 72 and 96 programs at width 768,
+    each with 32 KB of weights on their way, and enough independent sums for four warps not to wait
+    for one another's. 64 outputs beyond, for the large matrix units, which read the rows half as
+    often from L2. int4: 128 inputs a step, a group. float32: as other products of it, on plain
+    cores, which keep rows of both operands in registers.
+    """
+    if element_size == 4:
+        if bits == 4:
+            return DecodeTile(16, 128, warps=8, stages=1)
+        return DecodeTile(32, 16, warps=4 if rows <= 32 else 8, stages=3)
+    if rows <= 64:
+        return DecodeTile(32, 128, warps=4, stages=5 if rows <= 32 else 4)
+    if bits == 4:
+        return DecodeTile(64, 128, warps=8, stages=2)
+    return DecodeTile(64, 64, warps=8, stages=4 if rows <= 128 else 3)
+
+
+def decode_parts(outputs: int, inputs: int, rows: int, tile: DecodeTile, target: Target) -> int:
+    """Into how many parts to divide the inputs, so that there are tiles for the chip. Predicted.
+
+    Parts are two steps or longer, and few where there are many rows: 8 bytes an output and part are
+    written and read.
+    """
+    tiles = -(-outputs // tile.block_n)
+    most = 8 if rows <= 64 else 2
+    return max(1, min(most, target.multiprocessors // tiles, inputs // (2 * tile.block_k)))
+
+
+DECODE_HEAD_PROGRAMS = 2  # a multiprocessor, of `head_tiles`; predicted: what shared memory holds

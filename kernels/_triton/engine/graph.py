@@ -5,14 +5,12 @@ nothing and wait for nothing. Under programmatic dependent launch (PDL) a kernel
 one before it is ending: it asks for its first weights, which nobody writes, and only then waits.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gpt2fast.kernels._triton import configs
-from gpt2fast.kernels._triton.engine import attention, phases
+from gpt2fast.kernels._triton.engine import attention, graph_tiles, phases
 from gpt2fast.kernels._triton.engine.barrier import allow_next, wait_for_previous
 from gpt2fast.kernels._triton.target import current_target
 from gpt2fast.kernels.decode_state import DecodeState
@@ -123,13 +121,6 @@ def _head_kernel(
     )  # fmt: skip
 
 
-def launch(kernel: Any, programs: int, *args: Any, pdl: bool, **constants: Any) -> None:
-    """``kernel[(programs,)]``, with what PDL asks of the launch."""
-    if pdl:
-        constants["launch_pdl"] = True
-    kernel[(programs,)](*args, PDL=pdl, **constants)
-
-
 def _rows_launch(matrix: Matrix, rows: int) -> tuple[int, dict[str, int]]:
     """How many programs multiply the matrix with so many rows, and their tile."""
     target = current_target(matrix.data.device)
@@ -148,7 +139,11 @@ def _rows_launch(matrix: Matrix, rows: int) -> tuple[int, dict[str, int]]:
 
 def shares(weights: DecodeWeights, rows: int) -> tuple[int, int]:
     """Parts of a split product, and programs that share a row's logits: sizes of the buffers."""
-    return 1, _rows_launch(weights.head, rows)[0]
+    if rows <= FEW_ROWS:
+        return 1, _rows_launch(weights.head, rows)[0]
+    element_size = weights.wte.element_size()
+    parts = (graph_tiles.parts_of(m, rows, element_size) for m in (weights.out, weights.proj))
+    return max(parts), graph_tiles.head_programs(weights.head, rows, element_size)
 
 
 def launch_embed(
@@ -157,11 +152,11 @@ def launch_embed(
     """Token rows to ``residual``."""
     (vocab_size, width), positions = weights.wte.shape, weights.wpe.shape[0]
     block = configs.DECODE_EMBED_BLOCK
-    launch(
-        _embed_kernel, buffers.rows * triton.cdiv(width, block),
+    _embed_kernel[(buffers.rows * triton.cdiv(width, block),)](
         state.tokens, buffers.slots, buffers.offsets, state.lengths, weights.wte, weights.wpe,
         buffers.residual, state.tokens.shape[1] - 1, vocab_size, positions,
-        C=width, ROWS=buffers.rows, BLOCK=block, num_warps=4, pdl=pdl,
+        C=width, ROWS=buffers.rows, BLOCK=block, num_warps=4,
+        PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -172,13 +167,13 @@ def launch_qkv(
     """``residual`` to ``query`` and the cache."""
     matrix, width = weights.qkv, weights.qkv.inputs
     programs, constants = _rows_launch(matrix, buffers.rows)
-    launch(
-        _qkv_kernel, programs, layer,
+    _qkv_kernel[(programs,)](
+        layer,
         buffers.residual, weights.ln_1, matrix.data, matrix.scale, matrix.bias,
         buffers.query, cache, buffers.slots, buffers.offsets, state.lengths,
         cache.shape[2], cache.shape[4], weights.eps,
         C=width, HEADS=weights.heads, KEEP=configs.decode_rows_keep(buffers.rows, width),
-        pdl=pdl, **constants,
+        PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
 
 
@@ -186,11 +181,11 @@ def launch_fc(weights: DecodeWeights, buffers: StepBuffers, layer: int, pdl: boo
     """``residual`` to ``inner``."""
     matrix, width = weights.fc, weights.fc.inputs
     programs, constants = _rows_launch(matrix, buffers.rows)
-    launch(
-        _fc_kernel, programs, layer,
+    _fc_kernel[(programs,)](
+        layer,
         buffers.residual, weights.ln_2, matrix.data, matrix.scale, matrix.bias, buffers.inner,
         weights.eps, C=width, N=matrix.outputs,
-        KEEP=configs.decode_rows_keep(buffers.rows, width), pdl=pdl, **constants,
+        KEEP=configs.decode_rows_keep(buffers.rows, width), PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
 
 
@@ -200,11 +195,11 @@ def launch_add(
     """``inputs``, or ``partial`` where those are it, to what is added to ``residual``."""
     programs, constants = _rows_launch(matrix, buffers.rows)
     merge = inputs is buffers.partial
-    launch(
-        _add_kernel, programs, layer,
+    _add_kernel[(programs,)](
+        layer,
         inputs, buffers.sums, matrix.data, matrix.scale, matrix.bias, buffers.residual,
         N=matrix.outputs, K=matrix.inputs, HEADS=heads, SPLITS=buffers.splits if merge else 1,
-        pdl=pdl, **constants,
+        PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
 
 
@@ -212,12 +207,11 @@ def launch_head(weights: DecodeWeights, buffers: StepBuffers, greedy: bool, pdl:
     """``residual`` to ``logits`` or ``best_*``."""
     matrix, width = weights.head, weights.head.inputs
     programs, constants = _rows_launch(matrix, buffers.rows)
-    launch(
-        _head_kernel, programs,
+    _head_kernel[(programs,)](
         buffers.residual, weights.ln_f, matrix.data, matrix.scale, buffers.logits,
         buffers.best_value, buffers.best_index, buffers.best_sum, weights.eps,
         C=width, N=matrix.outputs, GREEDY=greedy,
-        KEEP=configs.decode_rows_keep(buffers.rows, width), pdl=pdl, **constants,
+        KEEP=configs.decode_rows_keep(buffers.rows, width), PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
 
 
@@ -226,9 +220,17 @@ def evaluate(
     greedy: bool, pdl: bool,
 ) -> None:  # fmt: skip
     """All phases from the tokens to the logits: see `gpt2fast.kernels.decode_step.evaluate`."""
+    launch_embed(weights, state, buffers, pdl)
+    phases_of_rows = _few_rows if buffers.rows <= FEW_ROWS else _many_rows
+    phases_of_rows(weights, state, cache, buffers, greedy, pdl)
+
+
+def _few_rows(
+    weights: DecodeWeights, state: DecodeState, cache: Tensor, buffers: StepBuffers,
+    greedy: bool, pdl: bool,
+) -> None:  # fmt: skip
     merges = buffers.splits > 1
     merge_here = merges and configs.decode_rows_keep(buffers.rows, weights.out.inputs)
-    launch_embed(weights, state, buffers, pdl)
     for layer in range(weights.qkv.data.shape[0]):
         launch_qkv(weights, state, cache, buffers, layer, pdl)
         attention.launch_attend(weights, state, cache, buffers, layer, pdl)
@@ -239,3 +241,26 @@ def evaluate(
         launch_fc(weights, buffers, layer, pdl)
         launch_add(weights.proj, weights.heads, buffers.inner, buffers, layer, pdl)
     launch_head(weights, buffers, greedy, pdl)
+
+
+def _many_rows(
+    weights: DecodeWeights, state: DecodeState, cache: Tensor, buffers: StepBuffers,
+    greedy: bool, pdl: bool,
+) -> None:  # fmt: skip
+    eps = weights.eps
+    before = None
+    for layer in range(weights.qkv.data.shape[0]):
+        graph_tiles.launch_normalize(
+            buffers, before, max(layer - 1, 0), weights.ln_1, layer, eps, pdl
+        )
+        graph_tiles.launch_qkv_tiles(weights, state, cache, buffers, layer, pdl)
+        attention.launch_attend(weights, state, cache, buffers, layer, pdl)
+        if buffers.splits > 1:
+            attention.launch_combine(weights, buffers, pdl)
+        graph_tiles.launch_parts(weights.out, buffers.merged, buffers, layer, pdl)
+        graph_tiles.launch_normalize(buffers, weights.out, layer, weights.ln_2, layer, eps, pdl)
+        graph_tiles.launch_fc_tiles(weights, buffers, layer, pdl)
+        graph_tiles.launch_parts(weights.proj, buffers.inner, buffers, layer, pdl)
+        before = weights.proj
+    graph_tiles.launch_normalize(buffers, before, layer, weights.ln_f, 0, eps, pdl)
+    graph_tiles.launch_head_tiles(weights, buffers, greedy, pdl)

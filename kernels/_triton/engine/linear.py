@@ -8,16 +8,15 @@ sweep's weights are loaded while the one before is multiplied, across outputs to
 does not pause; the very first sweep, `load_sweep`, is a function of its own, because it depends on
 nothing that an earlier phase computes and can be asked for before that has ended.
 
-Every warp holds the rows that are multiplied for itself, in the same form: ``[WARPS, LANES]``, equal
-in all warps. Sums are float32. K is any multiple of 8; the columns of the last tile that lie behind
-it are masked.
+Every warp holds the rows that are multiplied for itself, in the same form: ``[WARPS, LANES]``,
+equal in all warps. Sums are float32. K is any multiple of 8; the columns of the last tile that lie
+behind it are masked.
 """
 
 import triton
 import triton.language as tl
 
 from gpt2fast.kernels._triton.engine.attention import merged_heads
-from gpt2fast.kernels._triton.layer_norm import append_tile
 
 # (q + 1.5 * 2^23) has q in its last bits. Arithmetic on those is faster than conversions, of which
 # a multiprocessor does 16 a cycle.
@@ -89,13 +88,13 @@ def load_sweep(
                 if (chunk + 1) * LANES > K:
                     mask = mask_n & (offs_k < K // PACK)
                 pointers = weight_ptr + offs_n[:, None] * (K // PACK) + offs_k
-                tiles = append_tile(tiles, tl.load(pointers, mask=mask, other=0))
+                tiles += (tl.load(pointers, mask=mask, other=0),)
                 if BITS == 4:
                     group = (chunk * LANES + tl.arange(0, LANES // 16) * 16)[None, :] // _GROUP
                     GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
                     pointers = scale_ptr + offs_n[:, None] * GROUPS + group
                     scale = tl.load(pointers, mask=mask_n & (group < GROUPS), other=0.0)
-                    tiles = append_tile(tiles, scale)
+                    tiles += (scale,)
     return tiles
 
 
@@ -138,7 +137,7 @@ def normalize_inputs(
         x = ()
         total = tl.zeros((WARPS, LANES), tl.float32)
         for chunk in tl.static_range(CHUNKS):
-            x = append_tile(x, load_row(x_ptr + row * K, chunk, K, WARPS, LANES))
+            x += (load_row(x_ptr + row * K, chunk, K, WARPS, LANES),)
             total += x[chunk]
         mean = tl.sum(total, 1, keep_dims=True) / K
         squares = tl.zeros((WARPS, LANES), tl.float32)
@@ -151,9 +150,9 @@ def normalize_inputs(
         if KEEP:
             for chunk in tl.static_range(CHUNKS):
                 tile = normalize_tile(x[chunk], mean, rstd, norm_ptr, chunk, K, WARPS, LANES)
-                kept = append_tile(kept, tile)
+                kept += (tile,)
         else:
-            kept = append_tile(append_tile(kept, mean), rstd)
+            kept += (mean, rstd)
     return kept
 
 
@@ -173,7 +172,7 @@ def merge_inputs(
                 partial_ptr, sums_ptr, row, offs_k, offs_k < K, HEADS, K // HEADS, SPLITS
             )
             tile = tl.where(offs_k < K, tile, 0.0)
-            kept = append_tile(kept, tl.broadcast_to(tile, (WARPS, LANES)))
+            kept += (tl.broadcast_to(tile, (WARPS, LANES)),)
     return kept
 
 
@@ -191,7 +190,7 @@ def _add_products(
         x = ()
         for row in tl.static_range(ROWS):
             if KEEP:
-                x = append_tile(x, kept[row * CHUNKS + FIRST + index])
+                x += (kept[row * CHUNKS + FIRST + index],)
             else:
                 tile = load_row(x_ptr + row * K, FIRST + index, K, WARPS, LANES)
                 if NORM:
@@ -199,7 +198,7 @@ def _add_products(
                         tile, kept[2 * row], kept[2 * row + 1], norm_ptr,
                         FIRST + index, K, WARPS, LANES,
                     )  # fmt: skip
-                x = append_tile(x, tile)
+                x += (tile,)
         added = ()
         for repeat in tl.static_range(REPEAT):
             weights = to_float32(tiles[(repeat * COUNT + index) * STEP], BITS)
@@ -208,7 +207,7 @@ def _add_products(
                 scale = tl.broadcast_to(scale, (WARPS, LANES // 16, 16))
                 weights *= tl.reshape(scale, (WARPS, LANES))
             for row in tl.static_range(ROWS):
-                added = append_tile(added, acc[repeat * ROWS + row] + weights * x[row])
+                added += (acc[repeat * ROWS + row] + weights * x[row],)
         acc = added
     return acc
 
@@ -233,7 +232,7 @@ def multiply(
     SWEEPS: tl.constexpr = (CHUNKS + UNROLL - 1) // UNROLL
     acc = ()
     for _ in tl.static_range(REPEAT * ROWS):
-        acc = append_tile(acc, tl.zeros((WARPS, LANES), tl.float32))
+        acc += (tl.zeros((WARPS, LANES), tl.float32),)
     tiles = first
     for sweep in tl.static_range(SWEEPS):
         ahead = load_sweep(
@@ -257,5 +256,5 @@ def multiply(
             result = tl.sum(acc[repeat * ROWS + row], 1)
             if BITS == 8:
                 result *= scale
-            results = append_tile(results, result)
+            results += (result,)
     return results, tiles

@@ -30,7 +30,6 @@ from gpt2fast.kernels._triton.engine.linear import (
     normalize_inputs,
     share_of,
 )
-from gpt2fast.kernels._triton.layer_norm import append_tile
 
 
 @triton.jit
@@ -138,7 +137,7 @@ def qkv(
     bias_ptr += layer * N
     places = ()
     for row in tl.static_range(ROWS):
-        places = append_tile(places, position_of(slots_ptr, offsets_ptr, lengths_ptr, row))
+        places += (position_of(slots_ptr, offsets_ptr, lengths_ptr, row),)
     kept = normalize_inputs(x_ptr, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
     tiles = first
     for start in range(low, high, REPEAT * WARPS):
@@ -259,8 +258,8 @@ def head(
 ):  # fmt: skip
     """logits float32 ``[M, N]`` = LN_f(x) W.
 
-    GREEDY: instead, of each program's share of a row's logits, the largest (best_value float32), its
-    first place (best_index int32) and the sum of exp(logit - largest) (best_sum float32), each
+    GREEDY: instead, of each program's share of a row's logits, the largest (best_value float32),
+    its first place (best_index int32) and the sum of exp(logit - largest) (best_sum float32), each
     ``[M, programs]``.
     """
     low, high = share_of(program, programs, N)
@@ -268,7 +267,7 @@ def head(
     best = ()
     for _ in tl.static_range(ROWS):
         top = tl.full([WARPS], -float("inf"), tl.float32)
-        best = append_tile(best, (top, tl.zeros([WARPS], tl.int32), tl.zeros([WARPS], tl.float32)))
+        best += ((top, tl.zeros([WARPS], tl.int32), tl.zeros([WARPS], tl.float32)),)
     tiles = first
     for start in range(low, high, REPEAT * WARPS):
         results, tiles = multiply(
@@ -282,7 +281,7 @@ def head(
             for row in tl.static_range(ROWS):
                 value = results[repeat * ROWS + row]
                 if GREEDY:
-                    better = append_tile(better, keep_best(best[row], value, offs_n, mask))
+                    better += (keep_best(best[row], value, offs_n, mask),)
                 else:
                     tl.store(logits_ptr + row * N + offs_n, value, mask=mask)
             if GREEDY:
