@@ -32,6 +32,7 @@ _MAKERS: dict[str, Callable[[str, int], Contender]] = {
     "gpt2fast bfloat16": partial(Ours, mode="bfloat16"),
     "gpt2fast fp16": partial(Ours, mode="fp16"),
     "gpt2fast int8": partial(Ours, mode="int8"),
+    "gpt2fast int4": partial(Ours, mode="int4"),
 }
 
 # What computes in float32 throughout must generate the tokens of transformers. llama.cpp reads its
@@ -66,11 +67,13 @@ SMALLER = (
     "CTranslate2 int8",
     "ONNX Runtime int8",
     "llama.cpp Q8_0",
+    "llama.cpp Q4_0",
     BARE,
     OURS,
     "gpt2fast bfloat16",
     "gpt2fast fp16",
     "gpt2fast int8",
+    "gpt2fast int4",
 )
 
 # The headline in three minutes.
