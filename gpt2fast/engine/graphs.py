@@ -1,0 +1,80 @@
+"""Work on a CUDA device that is recorded once and replayed: a graph for each kind of step."""
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+
+Work = Callable[[], None]
+
+
+class Replayer:
+    """Runs pieces of work on one device, from the second time on as CUDA graphs.
+
+    The first time work runs as it is: kernels are compiled then, libraries make their workspaces,
+    and work that comes once is not recorded for nothing. On a device without graphs that is all.
+
+    Everything runs on a stream of this object's own, which waits for the caller's current stream
+    and is waited for by it.
+
+    Args:
+        device: where the work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._pool: Any = None  # all graphs work in the same memory, one after the other
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self._stream = torch.cuda.Stream()
+                self._pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        """Within, work is issued to this object's stream."""
+        own = self._stream
+        if own is None:
+            yield
+            return
+        with torch.cuda.device(self._device):
+            own.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(own):
+                    yield
+            finally:
+                torch.cuda.current_stream().wait_stream(own)
+
+    def run(self, key: Hashable, work: Work) -> None:
+        """Do ``work``, which does the same whenever it comes with this key. Within `stream`.
+
+        Raises:
+            torch.OutOfMemoryError: nothing of the work was done.
+        """
+        if self._stream is None:
+            work()
+        elif key not in self._graphs:
+            work()
+            self._graphs[key] = None
+        else:
+            graph = self._graphs[key]
+            if graph is None:
+                graph = self._graphs[key] = self._recorded(work)
+            graph.replay()
+
+    def _recorded(self, work: Work) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # What other threads ask of CUDA meanwhile is no business of this capture.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            work()
+        return graph
+
+    def forget(self) -> None:
+        """Drop all graphs, and wait for what they are doing."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._graphs.clear()

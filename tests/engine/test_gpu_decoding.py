@@ -1,0 +1,193 @@
+"""What only a GPU can show of decoding: real sizes, 16 bits, graphs, both drivers, memory."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.suite.decode import rounded_model, shortfalls
+from bench.suite.decode_peers import random_model
+from gpt2fast import kernels
+from gpt2fast.engine.triton_runner import TritonRunner
+from gpt2fast.kernels import decode_step
+from tests.engine.runners import fill, plain, start, tokens
+from tests.tolerances import BUDGET, relative_error
+
+pytestmark = pytest.mark.gpu
+
+SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+NEW = 24
+
+
+def sized(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of a preset's size with random weights and biases."""
+    return random_model(name, {}, dtype, torch.device("cuda"))
+
+
+def random_ids(length: int) -> Tensor:
+    return torch.randint(50257, (length,), device="cuda")
+
+
+def generated(runner: Any, prompts: list[Tensor], drafts: int = 0) -> list[list[int]]:
+    slots = range(len(prompts))
+    for slot, ids in enumerate(prompts):
+        start(runner, slot, ids, NEW)
+    longest = max(map(len, prompts))
+    for _ in range(3):
+        runner.advance(slots, (NEW - 1) // (3 * (drafts + 1)), drafts, 2, context=longest + NEW)
+    return [tokens(runner, slot) for slot in slots]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_greedy_tokens_are_those_of_the_plain_model(name: str) -> None:
+    """In float32, prompts as rows and through the ops, alone and in company."""
+    model = sized(name)
+    prompts = [random_ids(n) for n in (5, 100, 333, 64, 17)]
+    runner = TritonRunner(model, len(prompts), 400, driver="graph")
+    for group in ([prompts[2]], prompts):
+        for ids, got in zip(group, generated(runner, group), strict=True):
+            assert got == plain(model, ids, len(got) - len(ids))
+            assert len(got) > len(ids) + 20
+    runner.close()
+
+
+@pytest.mark.parametrize("rows", decode_step.BUCKETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_are_within_the_budget(rows: int, dtype: torch.dtype) -> None:
+    """Every bucket, at the size of the smallest model: within twice plain PyTorch's error."""
+    model = sized("gpt2", dtype)
+    ids = random_ids(300)
+    runner = TritonRunner(model, 1, 600, driver="graph")
+    fill(runner, 0, torch.cat((ids, random_ids(rows))), 1)
+    runner.prefill(0, 0, 300)
+    buffers = runner._rows([0] * rows, list(range(rows)), 300 + rows)
+    with runner._working():
+        decode_step.evaluate(
+            runner.weights, runner.state, runner._cache, buffers, greedy=False, pdl=runner._pdl
+        )
+    got = buffers.logits.cpu()
+    whole = runner.state.tokens[0, : 300 + rows][None]
+    with kernels.backend("torch"), torch.no_grad():
+        same = model(whole).logits[0, 300:].cpu()
+        oracle = model.float()(whole).logits[0, 300:].double().cpu()
+    allowed = BUDGET * relative_error(same, oracle) + torch.finfo(dtype).eps / 2
+    assert relative_error(got, oracle) <= allowed
+    runner.close()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SIZES[:2])
+def test_both_drivers_give_the_same(name: str, dtype: torch.dtype, rows: int) -> None:
+    model = sized(name, dtype)
+    prompts = [random_ids(n) for n in (100, 5, 333, 64)[:rows]]
+    found = []
+    for driver in ("graph", "persistent"):
+        runner = TritonRunner(model, rows, 400, driver=driver)
+        found.append(generated(runner, prompts))
+        runner.close()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("drafts", [1, 3, 7])
+def test_drafts_change_no_token(drafts: int) -> None:
+    model = sized("gpt2")
+    prompts = [random_ids(30).repeat(4), random_ids(9)]
+    runner = TritonRunner(model, 2, 300)
+    for ids, got in zip(prompts, generated(runner, prompts, drafts), strict=True):
+        assert got == plain(model, ids, len(got) - len(ids))
+    runner.close()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_low_bits_end_near_the_rounded_model(bits: int) -> None:
+    model = sized("gpt2", torch.bfloat16)
+    runner = TritonRunner(model, 4, 400, bits=bits)
+    prompts = [random_ids(200) for _ in range(4)]
+    got = generated(runner, prompts)
+    chosen = torch.tensor([row[200:] for row in got], device="cuda")
+    exact = rounded_model(model, bits)
+    short, allowed = shortfalls(exact, model, torch.stack(prompts), chosen)
+    assert short <= allowed
+    runner.close()
+
+
+def test_steps_are_replayed() -> None:
+    """Graphs are made once, whatever sequences come, and nothing is allocated while they run."""
+    model = sized("gpt2", torch.bfloat16)
+    runner = TritonRunner(model, 2, 400)
+    for _ in range(3):
+        generated(runner, [random_ids(100), random_ids(30)])
+    torch.cuda.synchronize()
+    graphs = {k: id(graph) for k, graph in runner._replayer._graphs.items() if graph is not None}
+    assert {key if isinstance(key, str) else key[0] for key in graphs} == {
+        "body",
+        "choice",
+        "prompt",
+        "step",
+    }
+    before = torch.cuda.memory_allocated()
+    generated(runner, [random_ids(101), random_ids(31)])
+    assert torch.cuda.memory_allocated() == before
+    again = {k: id(graph) for k, graph in runner._replayer._graphs.items() if graph is not None}
+    assert again == graphs
+    runner.close()
+
+
+def test_other_streams_are_waited_for() -> None:
+    model = sized("gpt2")
+    ids = random_ids(50)
+    expected = plain(model, ids, 8)
+    runner = TritonRunner(model, 1, 100)
+    for _ in range(3):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(10_000_000)
+            start(runner, 0, ids, 8)
+            runner.advance([0], 7)
+            assert tokens(runner, 0) == expected
+    runner.close()
+
+
+def test_closing_frees_the_memory() -> None:
+    model = sized("gpt2", torch.bfloat16)
+    before = None
+    for _ in range(3):
+        runner = TritonRunner(model, 4, 500)
+        generated(runner, [random_ids(n) for n in (200, 30, 5, 100)])
+        runner.close()
+        del runner
+        gc.collect()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        before = before or held  # the first leaves the libraries' workspaces behind
+        assert held == before
+
+
+def test_memory_that_is_not_there() -> None:
+    from gpt2fast.engine.runner import OutOfMemory
+
+    model = sized("gpt2", torch.bfloat16)
+    total = torch.cuda.mem_get_info()[1]
+    before = torch.cuda.memory_allocated()
+    slots = 2 * total // (12 * 2 * 768 * 1024 * 2)
+    with pytest.raises(OutOfMemory):
+        TritonRunner(model, slots, 1024)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+    runner = TritonRunner(model, 1, 100)
+    generated(runner, [random_ids(20)])
+    runner.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_second_gpu() -> None:
+    model = sized("gpt2").to("cuda:1")
+    ids = random_ids(100).to("cuda:1")
+    runner = TritonRunner(model, 1, 200)
+    start(runner, 0, ids, 8)
+    runner.advance([0], 7)
+    assert tokens(runner, 0) == plain(model, ids, 8)
+    assert torch.cuda.current_device() == 0
+    runner.close()
