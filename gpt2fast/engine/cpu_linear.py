@@ -22,7 +22,7 @@ from gpt2fast.quantization import QuantizedConv1D, QuantizedEmbedding, Quantized
 if TYPE_CHECKING:
     from gpt2fast.generation.decoding import LanguageModel
 
-_HEAD_ROWS = 4096  # of a head that is cast piece by piece
+_HEAD_ROWS = 3072  # of a head that is cast piece by piece
 _DIRECT_HEAD_ROWS = 2  # of hidden states, up to which a 16-bit head is read as it is
 
 

@@ -64,16 +64,22 @@ class _Layer:
         )
 
 
-@dataclass(frozen=True)
 class _Rows:
-    """Buffers for a step's rows: hidden states, projected to 3 C, and inside the perceptron."""
+    """Buffers for the rows of a step: what is wide is never needed at once, and shares memory."""
 
-    hidden: Tensor
-    qkv: Tensor
-    inner: Tensor
+    def __init__(self, like: Tensor, width: int, inner: int) -> None:
+        self._width, self._inner = width, inner
+        self._hidden = like.new_empty(0, width)
+        self._wide = like.new_empty(0)
 
-    def first(self, count: int) -> "_Rows":
-        return _Rows(self.hidden[:count], self.qkv[:count], self.inner[:count])
+    def first(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For ``count`` rows: hidden states, projected to 3 C, and inside the perceptron."""
+        if count > len(self._hidden):
+            self._hidden = self._hidden.new_empty(count, self._width)
+            self._wide = self._wide.new_empty(count * max(3 * self._width, self._inner))
+        shapes = (count, 3 * self._width), (count, self._inner)
+        qkv, inner = (self._wide[: rows * size].view(rows, size) for rows, size in shapes)
+        return self._hidden[:count], qkv, inner
 
 
 class TorchRunner:
@@ -108,12 +114,11 @@ class TorchRunner:
             dtype=linears.dtype,
             device=model.device,
         )
-        self._widths = config.n_embd, 3 * config.n_embd, config.inner_size
-        self._rows = _Rows(*(self._cache.new_empty(0, w) for w in self._widths))
+        self._rows = _Rows(self._cache, config.n_embd, config.inner_size)
 
     def prefill(self, slot: int, start: int, end: int) -> None:
         with torch.inference_mode():
-            hidden = self._rows.hidden[:0]
+            hidden = self._cache[:0]
             for first in range(start, end, _CHUNK):
                 count = min(_CHUNK, end - first)
                 hidden = self._evaluate([slot], [first], count, last=True)
@@ -156,7 +161,7 @@ class TorchRunner:
     def close(self) -> None:
         self._layers.clear()
         self._cache = self._cache.new_empty(0)
-        self._rows = _Rows(*(self._cache for _ in self._widths))
+        self._rows = _Rows(self._cache, 0, 0)
 
     def _evaluate(
         self, slots: Sequence[int], starts: Sequence[int], count: int, last: bool = False
@@ -167,8 +172,7 @@ class TorchRunner:
             ``[len(slots) * count, C]``, until the next call; or, with ``last``, ``[1, C]`` of the
             last token of the only slot.
         """
-        rows = self._room(len(slots) * count)
-        hidden, qkv, inner = rows.hidden, rows.qkv, rows.inner
+        hidden, qkv, inner = self._rows.first(len(slots) * count)
         tokens = self.state.tokens
         ids = [tokens[s, low : low + count] for s, low in zip(slots, starts, strict=True)]
         positions = [self._wpe[low : low + count] for low in starts]
@@ -188,12 +192,6 @@ class TorchRunner:
             _gelu(expanded, approximate="tanh", out=expanded)
             layer.proj.accumulate(expanded, hidden)
         return hidden
-
-    def _room(self, count: int) -> _Rows:
-        """Buffers for ``count`` rows."""
-        if count > len(self._rows.hidden):
-            self._rows = _Rows(*(self._cache.new_empty(count, width) for width in self._widths))
-        return self._rows.first(count)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._head(self._ln_f(hidden))
