@@ -1,5 +1,6 @@
 """What a step does: the scheduler's plan carried out on a runner, and what it brought read back."""
 
+from collections.abc import Sequence as Many
 from typing import Any, NamedTuple
 
 import torch
@@ -209,15 +210,15 @@ class Batch:
         if not sequences:
             return
         state = self._runner.state
-        lengths, status = torch.stack((state.lengths, state.status.int())).tolist()
-        for s in sequences:
-            length = lengths[s.slot]
-            new = slice(len(s.tokens), length + 1)
-            ids = state.tokens[s.slot, new].tolist()
-            scored = s.options.output_logprobs
-            logprobs = state.log_probs[s.slot, new].tolist() if scored else ids
-            s.cached = length
-            self._take(s, status[s.slot], ids, logprobs)
+        lengths, status = state.lengths.tolist(), state.status.tolist()
+        spans = [(s.slot, len(s.tokens), lengths[s.slot] + 1) for s in sequences]
+        read = read_each if state.tokens.device.type == "cpu" else read_at_once
+        tokens = read(state.tokens, spans)
+        scored = any(s.options.output_logprobs for s in sequences)
+        logprobs = read(state.log_probs, spans) if scored else tokens
+        for s, ids, values in zip(sequences, tokens, logprobs, strict=True):
+            s.cached = lengths[s.slot]
+            self._take(s, status[s.slot], ids, values)
 
     def _take(self, s: Sequence, status: int, ids: list[int], logprobs: list[float]) -> None:
         for token, logprob in zip(ids, logprobs, strict=True):
@@ -232,3 +233,19 @@ class Batch:
             s.fail(no_next_token(s.row))
         else:
             s.finish_reason = "eos" if status == EOS else s.at_limit
+
+
+def read_each(table: Tensor, spans: Many[tuple[int, int, int]]) -> list[list[Any]]:
+    """Of ``[S, N]`` the entries of every (row, start, end), on a CPU."""
+    values = table.numpy()  # reads a few elements in a tenth of torch's time
+    return [values[row, start:end].tolist() for row, start, end in spans]
+
+
+def read_at_once(table: Tensor, spans: Many[tuple[int, int, int]]) -> list[list[Any]]:
+    """The same where each reading waits for the device."""
+    device = table.device
+    most = max(end - start for _, start, end in spans)
+    index = torch.tensor(spans, device=device)
+    columns = index[:, 1, None] + torch.arange(most, device=device)
+    read = table[index[:, 0, None], columns.clamp(max=table.shape[1] - 1)].tolist()
+    return [row[: end - start] for row, (_, start, end) in zip(read, spans, strict=True)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gpt2fast import Engine, GPT2LMHeadModel, GPT2Tokenizer
+from gpt2fast.engine.batch import read_at_once, read_each
 from gpt2fast.engine.scheduler import Sequence
 from tests.engine.conftest import POSITIONS, VOCAB_SIZE, general, make_model
 from tests.engine.reference_runner import ReferenceRunner
@@ -191,6 +192,15 @@ def test_small_capacity_ends_rows(model: GPT2LMHeadModel) -> None:
             assert (len(short.token_ids), short.finish_reason) == (10, "length")
             assert (len(full.token_ids), full.finish_reason) == (1, "context")
             assert (len(longer.token_ids), longer.finish_reason) == (5, "context")
+
+
+def test_reading_the_state_at_once() -> None:
+    table = torch.arange(40).view(4, 10)
+    spans = [(2, 0, 3), (0, 9, 10), (3, 4, 4), (1, 5, 10)]
+    expected = [[20, 21, 22], [9], [], [15, 16, 17, 18, 19]]
+    assert read_each(table, spans) == expected
+    assert read_at_once(table, spans) == expected
+    assert read_at_once(table, spans[2:3]) == [[]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
