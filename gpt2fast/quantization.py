@@ -130,6 +130,8 @@ class Quantized(nn.Module):
 class QuantizedEmbedding(Quantized):
     """Rows of a weight; they come out in the dtype that the model is cast to."""
 
+    like: Tensor
+
     def __init__(self, weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> None:
         super().__init__(weight, scale, bits)
         like = torch.empty(0, dtype=dtype, device=weight.device)
@@ -173,14 +175,12 @@ class _Linear(Quantized):
             packed = self._pack()
         if packed is None:
             product = quantized.plain_linear(x, self.weight, self.scale, self.bits)
-        else:
-            product = packed(x.float())
-        if self.bias is not None:
-            product += self.bias
-        return product.to(x.dtype)
+            return product if self.bias is None else product.add_(self.bias)
+        return packed(x.float()).to(x.dtype)
 
     def _pack(self) -> quantized.Packed | None:
-        self.packed = packed = quantized.pack(self.weight, self.scale, self.bits)
+        bias = None if self.bias is None else self.bias.float()
+        self.packed = packed = quantized.pack(self.weight, self.scale, bias, self.bits)
         return packed
 
 
@@ -334,10 +334,10 @@ def mode_of(config: Any) -> str | None:
     return mode
 
 
-def _targets(model: "PreTrainedModel") -> list[tuple[str, nn.Module]]:
+def _targets(model: "PreTrainedModel") -> list[tuple[str, Any]]:
     """What is quantised, by name: the matrices of the blocks, the embedding, then the head."""
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    layers = range(len(model.get_submodule(f"{prefix}h")))
+    layers = range(model.config.n_layer)
     names = [f"{prefix}h.{i}.{matrix}" for i in layers for matrix in _BLOCK_MATRICES]
     names.append(f"{prefix}wte")
     if hasattr(model, "lm_head"):

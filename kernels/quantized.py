@@ -2,12 +2,12 @@
 
 The forms are those of `gpt2fast.kernels.packing`, output-major ``[N, K]``: int8 with a scale an
 output, fp16, int4 with a scale a group. On a CPU int8 weights are multiplied with activations that
-are rounded to 8 bits as well, each row x_i of them with a range of its own,
+are rounded to 8 bits as well, each row x_i of them with a step and a zero of its own,
 
-    x_i  ~  low_i + width_i u_i / levels,     u_i in 0 .. levels
-    x_i W^T  ~  width_i / levels (u_i q^T) scale + low_i sum_k W^T
+    x_i  ~  step_i (u_i + zero_i),            u_i integers in 0 .. levels
+    x_i W^T  ~  step_i (u_i q^T) scale + step_i zero_i sum_k W^T
 
-so a row comes out the same, bit for bit, whatever rows are evaluated with it: integers sum exactly.
+so that a row comes out the same, but for the last bits, whatever rows are evaluated with it.
 Without VNNI the CPU adds pairs of products in 16 bits, where 255 * 127 * 2 saturates: `levels` is
 then 127 instead of 255. Which is the case is found by trying.
 
@@ -33,13 +33,13 @@ _BLOCK = 8192
 
 
 class Packed(ABC):
-    """A weight in the layout of one op."""
+    """A weight in the layout of one op, with its bias."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """``x W^T`` of float32 ``[M, K]``: float32 ``[M, N]``."""
+        """``x W^T + b`` of float32 ``[M, K]``: float32 ``[M, N]``."""
 
     @abstractmethod
     def weight(self) -> Tensor:
@@ -49,20 +49,26 @@ class Packed(ABC):
 class _Int8(Packed):
     """8-bit activations and weights; a subclass multiplies the integers."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, levels: int) -> None:
-        self._levels = levels
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, levels: int) -> None:
+        self._bias, self._levels = bias, levels
         self._sums = weight.sum(1, dtype=torch.int32) * scale
 
     def __call__(self, x: Tensor) -> Tensor:
-        low = x.amin(1, keepdim=True)
-        # Never 0, so that a row of equal values gives u = 0.
-        width = (x.amax(1, keepdim=True) - low).clamp_min_(1e-30)
-        product = self._multiply((x - low).div_(width))
-        return product.mul_(width).addcmul_(low, self._sums)
+        # The range holds 0, and is never empty.
+        low = x.amin(1, keepdim=True).clamp_max_(-1e-30)
+        step = (x.amax(1, keepdim=True).clamp_min_(0) - low).mul_(1 / self._levels)
+        zero = (low / step).round_()
+        product = self._multiply((x / step).sub_(zero))
+        offset = zero.mul_(step)
+        if self._bias is None:
+            rest = offset * self._sums
+        else:
+            rest = torch.addcmul(self._bias, offset, self._sums)
+        return rest.addcmul_(product, step)
 
     @abstractmethod
-    def _multiply(self, unit: Tensor) -> Tensor:
-        """``round(levels * unit) / levels`` times the weight, for values in 0 .. 1."""
+    def _multiply(self, levels: Tensor) -> Tensor:
+        """Values in 0 .. levels, rounded, times the weight."""
 
 
 class Fbgemm(_Int8):
@@ -70,19 +76,29 @@ class Fbgemm(_Int8):
 
     name = "quantized.linear"
 
-    def __init__(self, weight: Tensor, scale: Tensor, levels: int) -> None:
-        super().__init__(weight, scale, levels)
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, levels: int) -> None:
+        super().__init__(weight, scale, bias, levels)
         zeros = torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():
             # Tensors of these types are announced for removal; `int8_ops` copes with that.
             warnings.simplefilter("ignore")
             wrapped = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
             self._packed: Any = torch.ops.quantized.linear_prepack(wrapped, None)
+        self._dynamic = torch.ops.quantized.linear_dynamic.default
+        self._static = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
-    def _multiply(self, unit: Tensor) -> Tensor:
-        product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            unit, 1 / self._levels, 0, self._packed
-        )
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return super().__call__(x)
+        # The op's one range for all rows is this row's: the same numbers in a third of the calls.
+        try:
+            product: Tensor = self._dynamic(x, self._packed, self._levels == _REDUCED)
+        except RuntimeError:  # it refuses what is not a number, which is to come out as that
+            return super().__call__(x)
+        return product if self._bias is None else product.add_(self._bias)
+
+    def _multiply(self, levels: Tensor) -> Tensor:
+        product: Tensor = self._static(levels, 1.0, 0, self._packed)
         return product
 
     def weight(self) -> Tensor:
@@ -95,16 +111,15 @@ class Onednn(_Int8):
 
     name = "onednn.qlinear"
 
-    def __init__(self, weight: Tensor, scale: Tensor, levels: int) -> None:
-        super().__init__(weight, scale, levels)
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, levels: int) -> None:
+        super().__init__(weight, scale, bias, levels)
         self._packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
         self._scale, self._zeros = scale, torch.zeros(len(weight), dtype=torch.int32)
 
-    def _multiply(self, unit: Tensor) -> Tensor:
-        rounded = unit.mul_(self._levels).round_().to(torch.uint8)
+    def _multiply(self, levels: Tensor) -> Tensor:
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rounded,
-            1 / self._levels,
+            levels.round_().to(torch.uint8),
+            1.0,
             0,
             self._packed,
             self._scale,
@@ -128,13 +143,17 @@ class Fp16(Packed):
 
     name = "quantized.linear_dynamic_fp16"
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         pack = torch.ops.quantized.linear_prepack_fp16
-        self._parts = [pack(part.float(), None) for part in weight.split(_BLOCK)]
+        parts = weight.split(_BLOCK)
+        biases = [None] * len(parts) if bias is None else bias.split(_BLOCK)
+        self._parts = [
+            pack(part.float(), part_bias) for part, part_bias in zip(parts, biases, strict=True)
+        ]
+        self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        multiply = torch.ops.quantized.linear_dynamic_fp16
-        products: list[Tensor] = [multiply(x, part) for part in self._parts]
+        products: list[Tensor] = [self._multiply(x, part) for part in self._parts]
         return products[0] if len(products) == 1 else torch.cat(products, 1)
 
     def weight(self) -> Tensor:
@@ -142,7 +161,7 @@ class Fp16(Packed):
         return torch.cat([unpack(part)[0].half() for part in self._parts])
 
 
-Int8Op = Callable[[Tensor, Tensor], Packed]
+Int8Op = Callable[[Tensor, Tensor, Tensor | None], Packed]
 
 
 def plain_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor:
@@ -161,16 +180,17 @@ def plain_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> 
     return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
-def pack(weight: Tensor, scale: Tensor | None, bits: int) -> Packed | None:
+def pack(weight: Tensor, scale: Tensor | None, bias: Tensor | None, bits: int) -> Packed | None:
     """The weight in the layout of the fastest op; None where `plain_linear` has to serve.
 
     Args:
         weight, scale, bits: as for `plain_linear`, on the CPU.
+        bias: float32 ``[N]`` or None.
     """
     if bits == 8 and scale is not None and (op := int8_op()) is not None:
-        return op(weight, scale)
+        return op(weight, scale, bias)
     if bits == 16 and fp16_packs():
-        return Fp16(weight)
+        return Fp16(weight, bias)
     return None
 
 
@@ -180,7 +200,7 @@ def fp16_packs() -> bool:
     weight = _pattern(64, 64).half()
     x = _pattern(3, 64)
     try:
-        return torch.allclose(Fp16(weight)(x), x @ weight.float().t(), rtol=1e-3, atol=1e-3)
+        return torch.allclose(Fp16(weight, None)(x), x @ weight.float().t(), rtol=1e-3, atol=1e-3)
     except (RuntimeError, AttributeError):
         return False
 
@@ -213,7 +233,7 @@ def int8_ops() -> dict[str, dict[str, float]]:
                 levels = _FULL if _is_exact(kind, _FULL) else _REDUCED
                 if levels == _REDUCED and not _is_exact(kind, _REDUCED):
                     continue
-                packed = kind(weight, scale, levels)
+                packed = kind(weight, scale, None, levels)
                 one, more = _milliseconds(packed, many[:1]), _milliseconds(packed, many)
             except (RuntimeError, AttributeError):
                 continue  # this PyTorch, or this processor, does not have it
@@ -225,9 +245,9 @@ def _is_exact(kind: type[Fbgemm] | type[Onednn], levels: int) -> bool:
     """Whether the largest activations and weights are summed exactly, in each sign."""
     weight = torch.full((64, 256), 127, dtype=torch.int8)
     weight[1::2] = -127
-    unit = torch.ones(2, 256)
-    product = kind(weight, torch.ones(64), levels)._multiply(unit.clone())
-    return torch.allclose(product, unit @ weight.float().t(), rtol=1e-5)
+    top = torch.full((2, 256), float(levels))
+    product = kind(weight, torch.ones(64), None, levels)._multiply(top.clone())
+    return torch.allclose(product, top @ weight.float().t(), rtol=1e-5)
 
 
 def _milliseconds(op: Packed, x: Tensor) -> float:

@@ -59,9 +59,9 @@ def check_tensors(
         if is_form(model, name):
             if tensor.dtype != (form := expected[name].dtype):
                 raise CheckpointError(f"{name} is {tensor.dtype}, expected {form}")
-            if name.endswith(".scale") and (wrong := ~(tensor > 0) | tensor.isinf()).any():
+            if name.endswith(".scale") and (bad := ~(tensor > 0) | tensor.isinf()).any():
                 raise CheckpointError(
-                    f"{name} must be positive and finite; it holds {tensor[wrong][0].item()}"
+                    f"{name} must be positive and finite; it holds {tensor[bad][0].item()}"
                 )
         elif tensor.dtype not in DTYPES.values():
             raise CheckpointError(f"{name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
