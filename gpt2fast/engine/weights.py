@@ -14,7 +14,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as nn_module
 
 from gpt2fast.kernels.backend import DTYPES
-from gpt2fast.kernels.packing import DecodeWeights, Matrix, quantize_int4, quantize_int8
+from gpt2fast.kernels.packing import (
+    DecodeWeights,
+    Matrix,
+    dequantize,
+    quantize_int4,
+    quantize_int8,
+)
 from gpt2fast.layers import (
     GPT2MLP,
     Conv1D,
@@ -24,6 +30,7 @@ from gpt2fast.layers import (
     drops,
     is_plain,
 )
+from gpt2fast.quantization import Quantized, QuantizedConv1D, QuantizedEmbedding, QuantizedHead
 from gpt2fast.transformer import GPT2Model
 
 if TYPE_CHECKING:
@@ -36,6 +43,11 @@ _FORMS: dict[int, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
     16: lambda weight: (weight, None),
     8: quantize_int8,
     4: quantize_int4,
+}
+_KNOWN = {
+    *(GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, LayerNorm, Conv1D),
+    *(nn.Embedding, nn.Linear, nn.GELU, nn.Dropout),
+    *(QuantizedConv1D, QuantizedEmbedding, QuantizedHead),
 }
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 _INTEGER_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,13 +63,13 @@ def why_not(model: "LanguageModel") -> str | None:
     body = model.transformer
     if not is_plain(body, GPT2Model):
         return _changed("transformer", body)
-    for name, module, kind in (
-        ("wte", body.wte, nn.Embedding),
-        ("wpe", body.wpe, nn.Embedding),
-        ("ln_f", body.ln_f, LayerNorm),
-        ("lm_head", model.lm_head, nn.Linear),
+    for name, module, kinds in (
+        ("wte", body.wte, (nn.Embedding, QuantizedEmbedding)),
+        ("wpe", body.wpe, (nn.Embedding,)),
+        ("ln_f", body.ln_f, (LayerNorm,)),
+        ("lm_head", model.lm_head, (nn.Linear, QuantizedHead)),
     ):
-        if not is_plain(module, kind):
+        if not any(is_plain(module, kind) for kind in kinds):
             return _changed(name, module)
     if drops(body.drop):
         return _changed("drop", body.drop, "is in training mode")
@@ -70,8 +82,7 @@ def why_not(model: "LanguageModel") -> str | None:
 
 def _changed(name: str, module: nn.Module, otherwise: str = "has a hook") -> str:
     """For a module that is not as it is built; ``otherwise`` where its class is."""
-    known = (GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, LayerNorm, Conv1D)
-    if type(module) in (*known, nn.Embedding, nn.Linear, nn.GELU, nn.Dropout):
+    if type(module) in _KNOWN:
         return f"{name} {otherwise} or was replaced"
     return f"{name} is a {type(module).__module__}.{type(module).__qualname__}"
 
@@ -86,14 +97,18 @@ def _why_not_block(block: nn.Module) -> str | None:
         return _changed("mlp", mlp)
     for name, module, kind in (
         ("ln_1", block.ln_1, LayerNorm),
-        ("attn.c_attn", attn.c_attn, Conv1D),
-        ("attn.c_proj", attn.c_proj, Conv1D),
         ("ln_2", block.ln_2, LayerNorm),
-        ("mlp.c_fc", mlp.c_fc, Conv1D),
         ("mlp.act", mlp.act, nn.GELU),
-        ("mlp.c_proj", mlp.c_proj, Conv1D),
     ):
         if not is_plain(module, kind):
+            return _changed(name, module)
+    for name, module in (
+        ("attn.c_attn", attn.c_attn),
+        ("attn.c_proj", attn.c_proj),
+        ("mlp.c_fc", mlp.c_fc),
+        ("mlp.c_proj", mlp.c_proj),
+    ):
+        if not (is_plain(module, Conv1D) or is_plain(module, QuantizedConv1D)):
             return _changed(name, module)
     if mlp.act.approximate != "tanh":
         return "the activation is not GELU in its tanh form"
@@ -111,9 +126,13 @@ def _why_not_values(model: "LanguageModel") -> str | None:
     body, head = model.transformer, model.lm_head
     if head.bias is not None:
         return "lm_head has a bias"
-    first = body.wte.weight
+    first = body.wpe.weight  # the matrix that is never quantised
     device, kind, dtype = first.device, first.device.type, first.dtype
     for module, name, tensor in _tensors(model):
+        if isinstance(module, Quantized) and name in ("weight", "scale"):
+            if tensor.device != device:
+                return f"parameters are on several devices, {device} and {tensor.device}"
+            continue
         if tensor.device != device:
             return f"parameters are on several devices, {device} and {tensor.device}"
         if tensor.dtype != dtype:
@@ -126,7 +145,7 @@ def _why_not_values(model: "LanguageModel") -> str | None:
         return f"parameters are {dtype}"
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return "autocast is on"
-    if head.weight.shape != first.shape:
+    if _form(head)[:2] != _form(body.wte)[:2]:
         return "lm_head and wte have different shapes"
     return _why_not_shapes(_blocks(model), body.ln_f)
 
@@ -144,7 +163,15 @@ def _why_not_shapes(blocks: list[GPT2Block], ln_f: LayerNorm) -> str | None:
 
 
 def _shapes(block: GPT2Block) -> tuple[Hashable, ...]:
-    return (block.attn.num_heads, *(module.weight.shape for module in _projections(block)))
+    return (block.attn.num_heads, *map(_form, _projections(block)))
+
+
+def _form(module: nn.Module) -> tuple[int, int, int]:
+    """Outputs, inputs and bits of a matrix, 0 for a floating one."""
+    if isinstance(module, Quantized):
+        return module.outputs, module.inputs, module.bits
+    first, second = cast("Tensor", module.weight).shape
+    return (second, first, 0) if isinstance(module, Conv1D) else (first, second, 0)
 
 
 def _blocks(model: "LanguageModel") -> list[GPT2Block]:
@@ -181,7 +208,9 @@ def fingerprint(model: "LanguageModel") -> Fingerprint:
     values: list[Hashable] = [
         (block.attn.scaling, block.attn.num_heads, block.ln_1.eps) for block in _blocks(model)
     ]
-    for _, _, tensor in _tensors(model):
+    for module, name, tensor in _tensors(model):
+        if isinstance(module, Quantized) and name == "weight" and tensor.device.type == "cpu":
+            continue  # on a CPU it gives way to its packed form; the others tell of a change
         values += (
             # Addresses are used again: a reference tells storages apart without keeping them.
             StorageWeakRef(tensor.untyped_storage()),
@@ -210,28 +239,30 @@ def pack(model: "LanguageModel", bits: int | None = None) -> DecodeWeights:
 
     Args:
         model: one for which `why_not` gives None.
-        bits: 8 or 4 to quantise the blocks' matrices so, and the head to 8; None for the model's
-            own dtype, in which a tied head is no copy.
+        bits: 8 or 4 to quantise the blocks' matrices so, and the head to 8; None for the form that
+            the model has them in, of which a tied head is no copy.
 
     Returns:
         tensors on the model's device; biases, embeddings and LayerNorms in the model's dtype.
 
     Raises:
-        ValueError: other bits, or int4 for matrices with an odd number of inputs.
+        ValueError: other bits, also than those of a quantised model; int4 for matrices with an odd
+            number of inputs.
     """
     if bits not in (None, 8, 4):
         raise ValueError(f"bits must be 8, 4 or None; got {bits}")
-    body, head = model.transformer, model.lm_head
+    body, head, dtype = model.transformer, model.lm_head, model.transformer.wpe.weight.dtype
     blocks = _blocks(model)
-    odd = [len(m.weight) for m in _projections(blocks[0]) if len(m.weight) % 2]
+    inputs = [_form(module)[1] for module in _projections(blocks[0])]
+    odd = [size for size in inputs if size % 2]
     if bits == 4 and odd:
         raise ValueError(f"int4 needs an even number of inputs; got {odd[0]}")
     columns = list(zip(*map(_projections, blocks), strict=True))
     # Not as inference tensors, whatever the caller's mode: the engine outlives it.
     with torch.inference_mode(False), torch.no_grad():  # the first turns gradients on
-        qkv, out, fc, proj = (_packed(column, bits) for column in columns)
+        qkv, out, fc, proj = (_packed(column, bits, dtype) for column in columns)
         return DecodeWeights(
-            wte=body.wte.weight.detach(),
+            wte=_embedding(body.wte, dtype),
             wpe=body.wpe.weight.detach(),
             ln_1=torch.stack([_norm(block.ln_1) for block in blocks]),
             ln_2=torch.stack([_norm(block.ln_2) for block in blocks]),
@@ -240,7 +271,7 @@ def pack(model: "LanguageModel", bits: int | None = None) -> DecodeWeights:
             out=out,
             fc=fc,
             proj=proj,
-            head=_packed_head(head.weight.detach(), bits),
+            head=_packed_head(head, bits, dtype),
             heads=blocks[0].attn.num_heads,
             eps=body.ln_f.eps,
             scales=torch.tensor(
@@ -253,16 +284,45 @@ def _norm(norm: LayerNorm) -> Tensor:
     return torch.stack((norm.weight, norm.bias))
 
 
-def _packed(modules: Sequence[Conv1D], bits: int | None) -> Matrix:
+def _embedding(wte: nn.Module, dtype: torch.dtype) -> Tensor:
+    if isinstance(wte, Quantized):
+        return dequantize(wte.weight, wte.scale, wte.bits).to(dtype)
+    return cast("nn.Embedding", wte).weight.detach()
+
+
+def _packed(modules: Sequence[Conv1D], bits: int | None, dtype: torch.dtype) -> Matrix:
     """One kind of projection of all layers."""
     bias = torch.stack([module.bias for module in modules])
+    quantised = [
+        module for module in cast("Sequence[nn.Module]", modules) if isinstance(module, Quantized)
+    ]
+    if quantised:
+        return _as_quantised(quantised, bias, bits, dtype)
     return _matrix([module.weight.t() for module in modules], bias, bits)
 
 
-def _packed_head(weight: Tensor, bits: int | None) -> Matrix:
+def _packed_head(head: nn.Module, bits: int | None, dtype: torch.dtype) -> Matrix:
+    bits = None if bits is None else 8
+    if isinstance(head, Quantized):
+        return _as_quantised([head], None, bits, dtype)
+    weight = cast("nn.Linear", head).weight.detach()
     if bits is None and weight.is_contiguous():
         return Matrix(weight[None], None, None, 8 * weight.element_size())
-    return _matrix([weight], None, None if bits is None else 8)
+    return _matrix([weight], None, bits)
+
+
+def _as_quantised(
+    modules: Sequence[Quantized], bias: Tensor | None, bits: int | None, dtype: torch.dtype
+) -> Matrix:
+    """As the modules have it; from float16 to the dtype of the activations."""
+    held = modules[0].bits
+    if bits not in (None, held):
+        raise ValueError(f"the model has weights of {held} bits already; got bits={bits}")
+    data = torch.stack([module.weight for module in modules])
+    if held == 16:
+        return Matrix(data.to(dtype), None, bias, 8 * dtype.itemsize)
+    scales = [module.scale for module in modules if module.scale is not None]
+    return Matrix(data, torch.stack(scales), bias, held)
 
 
 def _matrix(weights: list[Tensor], bias: Tensor | None, bits: int | None) -> Matrix:

@@ -358,3 +358,44 @@ def test_pack_refuses() -> None:
         pack(tiny(), 5)
     with pytest.raises(ValueError, match="even number of inputs; got 61"):
         pack(tiny(n_inner=61), 4)
+
+
+@pytest.mark.parametrize("mode", gpt2fast.quantization.MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_models(mode: str, dtype: torch.dtype) -> None:
+    """Packed as they are: the same numbers, whether a forward pass has laid them out or not."""
+    model = gpt2fast.quantize(tiny().to(dtype), mode)
+    assert why_not(model) is None
+    before = fingerprint(model)
+    ids = torch.tensor([[1, 2, 3]])
+    for _ in range(2):
+        weights = pack(model)
+        bits = gpt2fast.quantization.MODES[mode]
+        for name, matrix in matrices(weights):
+            expected = bits[name == "head"]
+            assert matrix.bits == (8 * dtype.itemsize if expected == 16 else expected)
+            values = dequantize(matrix.data, matrix.scale, matrix.bits)
+            modules = [model.lm_head]
+            if name != "head":
+                modules = [b.get_submodule(MODULES[name]) for b in model.transformer.h]
+            for i, module in enumerate(modules):
+                held = dequantize(module.weight, module.scale, module.bits)
+                assert torch.equal(values[i], held.to(dtype).float() if expected == 16 else held)
+        assert weights.wte.dtype == dtype
+        assert torch.equal(weights.wte, model.transformer.wte(torch.arange(97)))
+        model(ids)
+        assert fingerprint(model) == before
+    other = gpt2fast.quantize(tiny().to(dtype), mode)
+    model.load_state_dict(other.state_dict())
+    assert fingerprint(model) != before
+
+
+def test_quantised_models_that_are_refused() -> None:
+    model = gpt2fast.quantize(tiny(), "int8")
+    with pytest.raises(ValueError, match="weights of 8 bits already; got bits=4"):
+        pack(model, 4)
+    assert pack(model, 8).head.bits == 8
+    model.transformer.h[1].mlp = gpt2fast.quantize(tiny(), "int4").transformer.h[1].mlp
+    assert "differ in shape" in (why_not(model) or "")
+    hook(model.lm_head)
+    assert why_not(model) == "lm_head has a hook or was replaced"
