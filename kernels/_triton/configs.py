@@ -465,24 +465,32 @@ PERSISTENT_WARPS = 8
 # Bytes of the next weights that a program asks for in L2: 8 MB in all, of which nothing that is
 # needed before is displaced.
 PERSISTENT_AHEAD = 64 << 10
-_PERSISTENT_LOADS = 16  # of 16 bytes a thread, at a time: 64 KB on their way to a multiprocessor
+# Registers a thread for weights, sums and inputs; the rest of 255 holds addresses.
+_PERSISTENT_REGISTERS = 144
+PERSISTENT_SELECT_BLOCK = 2048  # logits at a time; `ENGINE_SELECT`'s would not fit beside the rest
 
 
 def persistent_tile(
     outputs: int, inputs: int, bits: int, rows: int, programs: int
 ) -> DecodeRowsTile:
-    """All that a program multiplies in a phase at once, where the registers hold it. Predicted.
+    """All that a program multiplies in a phase at once, or in as few parts as registers allow.
 
-    Otherwise in equal parts; sums take as many registers as weights, for every row.
+    Weights take twice the registers of what is multiplied, for those that are under way. Predicted.
     """
     lanes = 512 if bits == 4 else 4096 // bits
     chunks = -(-inputs // lanes)
     a_warp = -(-outputs // (programs * PERSISTENT_WARPS))
-    most = min(a_warp, max(1, _PERSISTENT_LOADS // chunks), max(1, 8 // rows))
-    repeat = -(-a_warp // -(-a_warp // most))
-    most = min(chunks, _PERSISTENT_LOADS // repeat)
-    unroll = -(-chunks // -(-chunks // most))
-    return DecodeRowsTile(PERSISTENT_WARPS, repeat, unroll, programs=1)
+    tile = lanes // 32  # registers of a float32 tile
+    inputs_held = rows * chunks if decode_rows_keep(rows, inputs) else rows + 2
+    best = (chunks * a_warp + 1, 0, 0)
+    for repeat in range(1, min(a_warp, 8) + 1):
+        for sweeps in range(1, chunks + 1):
+            unroll = -(-chunks // sweeps)
+            held = 2 * 4 * repeat * unroll + tile * (repeat * rows + inputs_held)
+            if held <= _PERSISTENT_REGISTERS or (repeat == 1 and unroll <= 2):
+                parts = -(-a_warp // repeat) * -(-chunks // unroll)
+                best = min(best, (parts, repeat, unroll))
+    return DecodeRowsTile(PERSISTENT_WARPS, *best[1:], programs=1)
 
 
 @dataclass(frozen=True)

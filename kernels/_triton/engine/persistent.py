@@ -353,7 +353,7 @@ def launch_decode(
         BLOCK_C=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(head_size),
         BLOCK_S=configs.engine_attention(cache.element_size(), head_size).block_s,
         COMBINE_BLOCK=configs.ENGINE_COMBINE_BLOCK, PROPOSE_BLOCK=configs.ENGINE_PROPOSE_BLOCK,
-        SELECT_BLOCK=configs.ENGINE_SELECT.block, CANDIDATES=buffers.candidates.shape[1],
+        SELECT_BLOCK=configs.PERSISTENT_SELECT_BLOCK, CANDIDATES=buffers.candidates.shape[1],
         MOST=configs.PERSISTENT_AHEAD, BULK=target.has_tma,
         num_warps=configs.PERSISTENT_WARPS, launch_cooperative_grid=programs > 1,
     )  # fmt: skip
