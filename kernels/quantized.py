@@ -51,7 +51,9 @@ class _Int8(Packed):
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, levels: int) -> None:
         self._bias, self._levels = bias, levels
-        self._sums = weight.sum(1, dtype=torch.int32) * scale
+        self._pack(weight, scale)
+        # sum_k W^T, a hundred times as fast as PyTorch sums integers
+        self._sums = self._multiply(torch.ones(1, weight.shape[1]))
 
     def __call__(self, x: Tensor) -> Tensor:
         # The range holds 0, and is never empty.
@@ -67,6 +69,10 @@ class _Int8(Packed):
         return rest.addcmul_(product, step)
 
     @abstractmethod
+    def _pack(self, weight: Tensor, scale: Tensor) -> None:
+        """Lay the weight out."""
+
+    @abstractmethod
     def _multiply(self, levels: Tensor) -> Tensor:
         """Values in 0 .. levels, rounded, times the weight."""
 
@@ -76,8 +82,7 @@ class Fbgemm(_Int8):
 
     name = "quantized.linear"
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, levels: int) -> None:
-        super().__init__(weight, scale, bias, levels)
+    def _pack(self, weight: Tensor, scale: Tensor) -> None:
         zeros = torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():
             # Tensors of these types are announced for removal; `int8_ops` copes with that.
@@ -111,8 +116,7 @@ class Onednn(_Int8):
 
     name = "onednn.qlinear"
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, levels: int) -> None:
-        super().__init__(weight, scale, bias, levels)
+    def _pack(self, weight: Tensor, scale: Tensor) -> None:
         self._packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
         self._scale, self._zeros = scale, torch.zeros(len(weight), dtype=torch.int32)
 
