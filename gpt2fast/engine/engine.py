@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2fast.engine.batch import Batch, Event
-from gpt2fast.engine.runner import Runner
+from gpt2fast.engine.runner import OutOfMemory, Runner
 from gpt2fast.engine.scheduler import Sequence
 from gpt2fast.engine.weights import fingerprint, why_not
 from gpt2fast.generation.options import DEFAULT_NEW_TOKENS, GenerationOptions
@@ -75,6 +75,7 @@ class Engine:
         self._batch = Batch(self._runner, prefill_tokens)
         self._lock = threading.RLock()
         self._closed = False
+        self._failure: BaseException | None = None
 
     @property
     def slots(self) -> int:
@@ -270,13 +271,16 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closed:
+            if isinstance(self._failure, OutOfMemory):  # in another thread's step
+                raise OutOfMemory(str(self._failure))
             raise RuntimeError("the engine is closed")
 
     def _step(self) -> list[Event]:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 return self._batch.step()
-        except BaseException:
+        except BaseException as error:
+            self._failure = error
             self.close()  # the state may be anything now
             raise
 

@@ -136,6 +136,23 @@ def _build(
         if not _is_out_of_memory(error):
             raise
         message = str(error).partition("\n")[0]
+    _refuse(kept, mark, slots, capacity, message)
+    return None
+
+
+def give_up(model: nn.Module, engine: Engine, error: OutOfMemory) -> None:
+    """Do without an engine that has run out of memory at work."""
+    with _TABLE:
+        kept = _KEPT.get(model)
+    if kept is None:
+        return
+    with kept.lock:
+        if kept.engine is engine:
+            kept.engine = None
+            _refuse(kept, kept.mark, engine.slots, engine.capacity, str(error))
+
+
+def _refuse(kept: _Kept, mark: Hashable, slots: int, capacity: int, message: str) -> None:
     kept.refused = mark, slots, capacity
     with contextlib.suppress(RuntimeError):
         torch.cuda.empty_cache()
@@ -144,7 +161,6 @@ def _build(
         f"on without it ({message})",
         stacklevel=2,
     )
-    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

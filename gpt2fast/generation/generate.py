@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from gpt2fast.engine.runner import OutOfMemory
 from gpt2fast.generation.beams import BeamSearch
 from gpt2fast.generation.decoding import Decoder, Decoding, Line, Request
 from gpt2fast.generation.options import GenerationOptions
@@ -159,13 +160,8 @@ class GenerationMixin:
                     "a beam search cannot be streamed: its tokens are known at the end"
                 )
             output = _search(Decoder(model, request), request)
-        elif (served := Served.of(model, request)) is not None:
-            try:
-                output = _serve(served, request, streamer)
-            finally:
-                served.close()
         else:
-            output = _decode(Decoding(Decoder(model, request), request), request, streamer)
+            output = _generate(model, request, streamer)
         ids = input_ids if inputs is None else inputs
         if isinstance(ids, Tensor):
             output.sequences = output.sequences.to(ids.device)
@@ -227,6 +223,20 @@ def _prepare(
 def _reasons(codes: Tensor) -> tuple[str, ...]:
     # Only a request for no token at all leaves rows running.
     return tuple(FINISH_REASONS[code or LENGTH] for code in codes.tolist())
+
+
+def _generate(model: "LanguageModel", request: Request, streamer: Any) -> GenerateOutput:
+    served = Served.of(model, request)
+    if served is not None:
+        try:
+            return _serve(served, request, streamer)
+        except OutOfMemory as error:
+            if streamer is not None:
+                raise  # it has received tokens
+            served.give_up(model, error)
+        finally:
+            served.close()
+    return _decode(Decoding(Decoder(model, request), request), request, streamer)
 
 
 def _serve(served: Served, request: Request, streamer: Any) -> GenerateOutput:

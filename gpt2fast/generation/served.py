@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt2fast.cache import KVCache
+from gpt2fast.engine.runner import OutOfMemory
 from gpt2fast.generation.decoding import Line, Request
 from gpt2fast.generation.stopping import StopStrings
 from gpt2fast.kernels.decode_state import MAX_EOS
@@ -74,6 +75,12 @@ class Served:
         """Give the slots back."""
         for row in self._rows:
             row.cancel()
+
+    def give_up(self, model: "LanguageModel", error: OutOfMemory) -> None:
+        """Have the model's next requests do without the engine."""
+        from gpt2fast.engine.kept import give_up
+
+        give_up(model, self._engine, error)
 
     def run(self) -> None:
         """Generate to the end."""

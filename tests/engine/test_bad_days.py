@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpt2fast import Engine, GPT2LMHeadModel, release
 from gpt2fast.engine import engine as engine_module
+from gpt2fast.engine import kept
 from gpt2fast.engine.runner import OutOfMemory
 from gpt2fast.engine.torch_runner import TorchRunner
 from tests.engine.conftest import IDS, PLAIN, POSITIONS, engine_of, general
@@ -73,6 +74,36 @@ def test_other_errors_while_building_are_told(
     monkeypatch.setattr(engine_module, "build_runner", build)
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         model.generate(IDS, **PLAIN)
+
+
+def test_no_memory_for_a_step(model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it is built: one warning and the same tokens, drawn ones too."""
+    keywords = {**PLAIN, "do_sample": True}
+    torch.manual_seed(4)
+    expected = general(model).generate(IDS, **keywords)
+    model.generate(IDS, **PLAIN)
+    engine, left = engine_of(model), [3]
+    original = TorchRunner.advance
+
+    def advance(self: TorchRunner, *args: Any, **keywords: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OutOfMemory("no memory for a graph")
+        original(self, *args, **keywords)
+
+    monkeypatch.setattr(TorchRunner, "advance", advance)
+    torch.manual_seed(4)
+    with pytest.warns(UserWarning, match="no memory for a decode engine of 4 x 48 positions") as w:
+        assert model.generate(IDS, **keywords).equal(expected)
+    assert len(w) == 1
+    assert engine.closed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(IDS, **PLAIN)
+    assert kept._KEPT[model].engine is None
+    release(model)
+    model.generate(IDS, **PLAIN)
+    assert engine_of(model) is not engine
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), KeyboardInterrupt()], ids=repr)

@@ -130,6 +130,20 @@ def test_ends() -> None:
     assert state.lengths.tolist() == [6, 6, 6, 7]
 
 
+def test_least_length() -> None:
+    """The end is ruled out up to the last token before it, and no further."""
+    state = make_state([5, 5])
+    state.eos[:, :2] = torch.tensor([9, 11])
+    state.least[:] = torch.tensor([8, 6])
+    logits = torch.zeros(8, VOCAB)
+    logits[:, 11], logits[:, 20] = 2.0, 1.0
+    state.tokens[:, 6:9] = 20
+    select_and_commit(state, [0, 1], 3, logits)
+    assert state.status.tolist() == [EOS, EOS]
+    assert state.tokens[0, 6:9].tolist() == [20, 20, 11]
+    assert state.lengths.tolist() == [8, 6]
+
+
 def test_slots_that_do_not_run_are_left_alone() -> None:
     state = make_state([5, 6, 7, 8])
     state.status[:] = torch.tensor([RUNNING, EOS, IDLE, RUNNING])
