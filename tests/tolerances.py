@@ -17,6 +17,10 @@ from torch import Tensor
 
 BUDGET = 2.0
 
+# The spread of an int8 product's error, against that of activations rounded to the nearest level
+# (a uniform error of a step): 1 but for chance. Sums that saturate make it several times that.
+INT8_SPREAD = 1.25
+
 # (op, direction): bound in float32, where one rounding is 6e-8.
 FLOAT32 = {
     # Two reductions over a row of at most a few thousand, then two multiplications.
