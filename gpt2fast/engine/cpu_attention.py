@@ -5,7 +5,7 @@ position for each head, so that what a head reads for one token is one stretch o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of a step that are attended to at once: n tokens each of B neighbouring slots, which are
-    all as long.
+    """Rows of a step that attend at once: n tokens each of B neighbouring slots, all as long.
 
-    Everything but the tensors' contents is fixed for all layers, so the views are made once a step.
+    All layers use the same views, so they are made once a step.
 
     Attributes:
         query: ``[B, H, n, D]``, a view of the projection.
@@ -50,51 +49,51 @@ class Span:
         return out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])
 
     def last(self) -> "Span":
-        """Of one slot: only the last token attends, all are written."""
-        return Span(
-            self.query[:, :, -1:], self.fresh, self.targets, self.context, mask=None, causal=False
-        )
+        """Only the last token of each slot attends; all are written."""
+        return replace(self, query=self.query[:, :, -1:], mask=None, causal=False)
 
 
-def spans_of(
-    cache: Tensor, qkv: Tensor, slots: Sequence[int], starts: Sequence[int], count: int
-) -> list[Span]:
-    """Arrange ``count`` tokens of each of ``slots``, the first of them at positions ``starts``.
+Piece = tuple[int, int, int]  # slot, start, end: tokens of a slot
+
+
+def spans_of(cache: Tensor, qkv: Tensor, pieces: Sequence[Piece]) -> list[Span]:
+    """Arrange the rows of a step.
 
     Args:
         cache: see above.
-        qkv: ``[len(slots) * count, 3 C]``, where the projection will be.
+        qkv: ``[M, 3 C]``, where the projection will be: the rows of each piece, one after another.
     """
     heads = cache.shape[2]
     layers = cache.unflatten(0, (-1, 2))
-    spans = []
-    for first, end in _runs(slots, starts):
-        batch, low = end - first, starts[first]
-        high, slot = low + count, slots[first]
-        packed = qkv[first * count : end * count].view(batch, count, 3, heads, -1)
+    spans, row = [], 0
+    for batch, (slot, start, end) in _runs(pieces):
+        count = end - start
+        packed = qkv[row : row + batch * count].view(batch, count, 3, heads, -1)
         packed = packed.permute(2, 0, 3, 1, 4)
-        rows = slice(slot, slot + batch)
+        slots = slice(slot, slot + batch)
         mask = None
-        if count > 1 and low > 0:
-            mask = qkv.new_full((count, high), -torch.inf).triu_(low + 1)
+        if count > 1 and start > 0:
+            mask = qkv.new_full((count, end), -torch.inf).triu_(start + 1)
         spans.append(
             Span(
                 query=packed[0],
                 fresh=packed[1:],
-                targets=layers[:, :, rows, :, low:high].unbind(0),
-                context=cache[:, rows, :, :high].unbind(0),
+                targets=layers[:, :, slots, :, start:end].unbind(0),
+                context=cache[:, slots, :, :end].unbind(0),
                 mask=mask,
-                causal=count > 1 and low == 0,
+                causal=count > 1 and start == 0,
             )
         )
+        row += batch * count
     return spans
 
 
-def _runs(slots: Sequence[int], starts: Sequence[int]) -> list[tuple[int, int]]:
-    """Where neighbours with the same start begin and end."""
-    borders = [
-        i
-        for i in range(1, len(slots))
-        if slots[i] != slots[i - 1] + 1 or starts[i] != starts[i - 1]
-    ]
-    return list(zip([0, *borders], [*borders, len(slots)], strict=True))
+def _runs(pieces: Sequence[Piece]) -> list[tuple[int, Piece]]:
+    """The first of neighbouring slots with the same start and end, and how many there are."""
+    runs: list[tuple[int, Piece]] = []
+    for slot, start, end in pieces:
+        if runs and (slot - runs[-1][0], start, end) == runs[-1][1]:
+            runs[-1] = runs[-1][0] + 1, runs[-1][1]
+        else:
+            runs.append((1, (slot, start, end)))
+    return runs

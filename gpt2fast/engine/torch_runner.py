@@ -8,13 +8,14 @@ that stream through the caches, every allocation and every view is felt.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2fast.engine.cpu_attention import spans_of
+from gpt2fast.engine.cpu_attention import Piece, spans_of
 from gpt2fast.engine.cpu_linear import Linear, Linears
 from gpt2fast.engine.sampling import select_and_commit
 from gpt2fast.kernels.decode_state import RUNNING, DecodeState
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from gpt2fast.generation.decoding import LanguageModel
 
 _gelu: Any = F.gelu  # whose stub does not know `out`
-_CHUNK = 512  # tokens of a prompt that are evaluated at once
+_CHUNK = 512  # tokens of prompts that are evaluated at once
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,26 @@ class TorchRunner:
         self._rows = _Rows(self._cache, config.n_embd, config.inner_size)
 
     def prefill(self, slot: int, start: int, end: int) -> None:
+        self.prefill_many([(slot, start, end)])
+
+    def prefill_many(self, pieces: Sequence[Piece]) -> None:
+        """`prefill` for several (slot, start, end), of different slots, in few passes over the
+        weights: short prompts cost hardly more together than one of them alone."""
+        state = self.state
         with torch.inference_mode():
-            hidden = self._cache[:0]
-            for first in range(start, end, _CHUNK):
-                count = min(_CHUNK, end - first)
-                hidden = self._evaluate([slot], [first], count, last=True)
-            if int(self.state.status[slot]) != RUNNING:
-                self.state.lengths[slot] = end
-                return
-            self.state.lengths[slot] = end - 1
-            select_and_commit(self.state, [slot], 0, self._logits(hidden))
+            for passed in _passes(pieces):
+                hidden = self._evaluate(passed, last=True)
+                ends = {slot: end for slot, _, end in pieces}
+                status = state.status.tolist()
+                chosen = []
+                for i, (slot, _, end) in enumerate(passed):
+                    chooses = end == ends[slot] and status[slot] == RUNNING
+                    state.lengths[slot] = end - 1 if chooses else end
+                    if chooses:
+                        chosen.append(i)
+                if chosen:
+                    slots = [passed[i][0] for i in chosen]
+                    select_and_commit(state, slots, 0, self._logits(hidden[chosen]))
 
     def advance(
         self,
@@ -146,7 +157,7 @@ class TorchRunner:
                 if not running:
                     return
                 lengths = state.lengths.tolist()
-                hidden = self._evaluate(running, [lengths[s] for s in running], drafts + 1)
+                hidden = self._evaluate([(s, lengths[s], lengths[s] + 1 + drafts) for s in running])
                 select_and_commit(state, running, drafts, self._logits(hidden))
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
@@ -163,29 +174,28 @@ class TorchRunner:
         self._cache = self._cache.new_empty(0)
         self._rows = _Rows(self._cache, 0, 0)
 
-    def _evaluate(
-        self, slots: Sequence[int], starts: Sequence[int], count: int, last: bool = False
-    ) -> Tensor:
-        """Hidden states of ``count`` tokens of each slot, whose keys and values are cached.
+    def _evaluate(self, pieces: Sequence[Piece], last: bool = False) -> Tensor:
+        """Hidden states of the pieces' tokens, whose keys and values are cached.
 
         Returns:
-            ``[len(slots) * count, C]``, until the next call; or, with ``last``, ``[1, C]`` of the
-            last token of the only slot.
+            ``[M, C]`` of all tokens, until the next call; with ``last``, of each piece's last one.
         """
-        hidden, qkv, inner = self._rows.first(len(slots) * count)
-        tokens = self.state.tokens
-        ids = [tokens[s, low : low + count] for s, low in zip(slots, starts, strict=True)]
-        positions = [self._wpe[low : low + count] for low in starts]
+        ends = list(accumulate(end - start for _, start, end in pieces))
+        hidden, qkv, inner = self._rows.first(ends[-1])
+        ids = [self.state.tokens[slot, start:end] for slot, start, end in pieces]
+        positions = [self._wpe[start:end] for _, start, end in pieces]
         torch.add(self._embed(_joined(ids)), _joined(positions), out=hidden)
-        spans = spans_of(self._cache, qkv, slots, starts, count)
+        spans = spans_of(self._cache, qkv, pieces)
         final = len(self._layers) - 1
+        last = last and len(pieces) < len(hidden)
         for i, layer in enumerate(self._layers):
             projected = layer.qkv.into(layer.ln_1(hidden), qkv)
             if projected is not qkv:
                 qkv.copy_(projected)
-            if last and i == final and count > 1:
+            if last and i == final:
                 # Nobody reads the other rows any more.
-                spans, hidden, inner = [spans[0].last()], hidden[-1:], inner[-1:]
+                spans = [span.last() for span in spans]
+                hidden, inner = hidden[[end - 1 for end in ends]], inner[: len(pieces)]
             merged = _joined([span.attend(i, layer.scale) for span in spans])
             layer.out.accumulate(merged, hidden)
             expanded = layer.fc.into(layer.ln_2(hidden), inner)
@@ -199,3 +209,18 @@ class TorchRunner:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _passes(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """The pieces, or parts of them, that are evaluated at once: up to `_CHUNK` tokens."""
+    passes: list[list[Piece]] = []
+    room = 0
+    for slot, start, end in pieces:
+        while start < end:
+            if room == 0:
+                passes.append([])
+                room = _CHUNK
+            part = min(room, end - start)
+            passes[-1].append((slot, start, start + part))
+            start, room = start + part, room - part
+    return passes

@@ -141,6 +141,23 @@ def test_a_long_prompt_in_chunks(model, chunk, monkeypatch):
     assert tokens(runner, 3) == tokens(whole, 0) == plain(model, ids, 8)
 
 
+@pytest.mark.parametrize("chunk", [512, 8])
+def test_prompts_together(model, chunk, monkeypatch):
+    monkeypatch.setattr(torch_runner, "_CHUNK", chunk)
+    prompts = [prompt(n) for n in (6, 6, 1, 11)]
+    runner = runner_of(model)
+    for slot, ids in enumerate(prompts):
+        fill(runner, slot, ids, 8)
+    runner.prefill(3, 0, 4)
+    runner.state.status[[0, 1, 3]] = RUNNING
+    runner.prefill_many([(0, 0, 6), (1, 0, 6), (2, 0, 1), (3, 4, 11)])
+    assert runner.state.lengths.tolist() == [6, 6, 1, 11]
+    finish(runner, [0, 1, 3])
+    for slot in (0, 1, 3):
+        assert tokens(runner, slot) == plain(model, prompts[slot], 8)
+    assert runner.state.status[2] == IDLE
+
+
 def test_a_prefix_is_copied(model):
     prefix, rest = prompt(12), prompt(4)
     ids = torch.cat((prefix, rest))
