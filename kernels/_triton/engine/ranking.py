@@ -25,6 +25,7 @@ LARGEST_INDEX = tl.constexpr(0x7FFFFFFF)  # i ^ this is this - i
 _NAN_ORDER = tl.constexpr(0x7FC00000)
 _LEAST_ORDER = tl.constexpr(-0x80000000)
 _LEAST_KEY = tl.constexpr(-0x8000000000000000)
+_LARGEST_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 _ONE = tl.constexpr(17592186044416.0)  # 2**44, the weight of the likeliest token
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -200,7 +201,7 @@ def _crossing(keys, units, low, high, above, goal):
     """The first key, from the largest down, that brings the units, with ``above``, to goal.
 
     Only those in ``[low, high)`` are looked at, below which nothing is listed. The last one if goal
-    is more than all.
+    is more than all, and ``low`` if there is none.
     """
     inside = tl.sum(((keys >= low) & (keys < high)).to(tl.int32), 0)
     while inside > 1:
@@ -210,7 +211,8 @@ def _crossing(keys, units, low, high, above, goal):
         else:
             high = middle
         inside = tl.sum(((keys >= low) & (keys < high)).to(tl.int32), 0)
-    return tl.min(tl.where(keys >= low, keys, 0x7FFFFFFFFFFFFFFF), 0)
+    last = tl.min(tl.where(keys >= low, keys, _LARGEST_KEY), 0)
+    return tl.where(last == _LARGEST_KEY, low, last)
 
 
 @triton.jit
