@@ -58,12 +58,19 @@ class Batch:
         self.reap()
         for sequence in self.scheduler.admit():
             self._set_up(sequence)
+        chunks: list[Chunk] = []
         started, idle = [], True
         for chunk in self.scheduler.chunks(self._prefill_tokens):
-            self._prefill(chunk)
+            if any(chunk.source == earlier.sequence.slot for earlier in chunks):
+                self._prefill(chunks)  # what is to be shared has to be there
+                chunks = []
+            self._prepare(chunk)
             idle = False
-            if chunk.last and chunk.end > chunk.start:
-                started.append(chunk.sequence)
+            if chunk.end > chunk.start:
+                chunks.append(chunk)
+                if chunk.last:
+                    started.append(chunk.sequence)
+        self._prefill(chunks)
         self._collect(started)
         running = self.scheduler.running()
         self._advance(running)
@@ -125,7 +132,8 @@ class Batch:
         tensor[slot] = torch.tensor(value, dtype=tensor.dtype, device=tensor.device)
         self._written[slot, name] = value
 
-    def _prefill(self, chunk: Chunk) -> None:
+    def _prepare(self, chunk: Chunk) -> None:
+        """Share what is to be shared, and begin to run where the prompt ends."""
         runner, slot = self._runner, chunk.sequence.slot
         if chunk.source is not None:
             if runner.shares_prefix:
@@ -135,10 +143,18 @@ class Batch:
                 runner.copy_prefix(chunk.source, slot, chunk.start)
         if chunk.last:
             runner.state.status[slot] = RUNNING
-        if chunk.end > chunk.start:
-            runner.prefill(slot, chunk.start, chunk.end)
-        else:
+        if chunk.end == chunk.start:
             runner.state.lengths[slot] = chunk.start
+
+    def _prefill(self, chunks: list[Chunk]) -> None:
+        """Evaluate parts of prompts, of different slots."""
+        pieces = [(chunk.sequence.slot, chunk.start, chunk.end) for chunk in chunks]
+        many = getattr(self._runner, "prefill_many", None)  # where it saves passes over weights
+        if many is not None and len(pieces) > 1:
+            many(pieces)
+            return
+        for piece in pieces:
+            self._runner.prefill(*piece)
 
     def _advance(self, running: list[Sequence]) -> None:
         """The next tokens of ``running``: of those with drafts and of those without."""

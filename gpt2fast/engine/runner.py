@@ -38,6 +38,9 @@ class Runner(Protocol):
         Fills the cache up to ``end``, sets ``lengths[slot]``. Where ``end`` is all of the prompt
         (the engine has set the status RUNNING), chooses the next token and commits it: see
         `gpt2fast.engine.sampling.select_and_commit`.
+
+        A runner that reads the weights less often for several prompts together has a
+        ``prefill_many(pieces)`` too, of (slot, start, end) of different slots.
         """
 
     def advance(

@@ -169,9 +169,9 @@ class Scheduler:
     def chunks(self, budget: int | None) -> Iterator[Chunk]:
         """The parts of prompts to evaluate in this step, of ``budget`` tokens together at most.
 
-        Each must have been evaluated before the next is asked for. Where all but the last token of
-        a prompt is cached already, the part is empty: that token is evaluated as the running rows'
-        are.
+        They belong to different slots, and each must have been evaluated before one whose source it
+        is. Where all but the last token of a prompt is cached already, the part is empty: that
+        token is evaluated as the running rows' are.
         """
         passed: list[Sequence] = []
         while self._prompts and (budget is None or budget > 0):
