@@ -6,7 +6,6 @@ python -m bench.report --write    # put the tables into the README, and draw the
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -140,34 +139,45 @@ def load(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def sections(folder: Path = RESULTS) -> dict[str, str]:
-    """The README's parts that records make, by the names of their marks there."""
-    found = {}
-    for name in ("decode", "prefill"):
+_DECODE = """\
+Greedy decoding on a CPU beside other runtimes: milliseconds a token, and how many times as fast as
+transformers with SDPA (p20 to p80 of turns within one run). Columns are prompt + new tokens; the
+bare loop is the float32 matrix products of a token and nothing else. Where float32 tokens are not
+those of transformers, there is no time. Weights are random; [bench/NOTES.md](bench/NOTES.md) has
+the method, [bench/results/cpu](bench/results/cpu) the records."""
+_PREFILL = "From a prompt to its first new token; columns are batch x prompt:"
+_LOADING = (
+    "From the start of a process to its first token, and its largest memory after 512 + 64 tokens:"
+)
+
+
+def section(folder: Path = RESULTS) -> str:
+    """The README's part that the records make; empty where there are none."""
+    lines: list[str] = []
+    for name, words in (("decode", _DECODE), ("prefill", _PREFILL)):
         if (record := load(name, folder)) is not None:
-            lines = [times_table(record["cases"]), "", f"On {machine_line(record)}."]
-            found[name] = "\n".join([*lines, *_not_measured(record)])
+            lines += [words, "", times_table(record["cases"]), ""]
+            lines += [f"On {machine_line(record)}.", "", *_not_measured(record)]
+            if name == "decode":
+                lines += [f"![tokens a second](bench/results/cpu/{PLOT})", ""]
     if (record := load("loading", folder)) is not None:
-        lines = [loading_table(record["cases"]), "", imports_line(record)]
-        found["loading"] = "\n".join([*lines, *_not_measured(record)])
-    return found
+        lines += [_LOADING, "", loading_table(record["cases"]), ""]
+        lines += [imports_line(record), "", *_not_measured(record)]
+    return "\n".join(lines)
 
 
 def _not_measured(record: dict[str, Any]) -> list[str]:
     lines = missing(record["cases"])
-    return ["", *(f"- {line}" for line in lines)] if lines else []
+    return [*(f"- {line}" for line in lines), ""] if lines else []
 
 
-def filled(text: str, parts: dict[str, str]) -> str:
-    """A page with each part between its marks, ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
-    for name, part in parts.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, count = re.subn(
-            pattern, lambda m, part=part: f"{m[1]}\n{part}\n\n{m[2]}", text, flags=re.DOTALL
-        )
-        if count != 1:
-            raise ValueError(f"the page has {count} places for {name}, expected 1")
-    return text
+def filled(page: str, part: str) -> str:
+    """A page with a part between its marks, ``<!-- cpu -->`` and ``<!-- /cpu -->``."""
+    start, end = "<!-- cpu -->\n", "<!-- /cpu -->\n"
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise ValueError(f"expected one {start.strip()} and one {end.strip()} on the page")
+    before, _, rest = page.partition(start)
+    return before + start + (f"\n{part}\n" if part else "") + end + rest.partition(end)[2]
 
 
 def weight_bytes(model: str, bits: int) -> int:
@@ -221,11 +231,10 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="into the README, and draw the plot")
     write = parser.parse_args().write
-    parts = sections()
-    for name, part in parts.items():
-        print(f"## {name}\n\n{part}\n")
+    part = section()
+    print(part)
     if write:
-        README.write_text(filled(README.read_text(encoding="utf-8"), parts), encoding="utf-8")
+        README.write_text(filled(README.read_text(encoding="utf-8"), part), encoding="utf-8")
         if (record := load("decode")) is not None:
             draw(record, RESULTS / PLOT)
 

@@ -1,6 +1,5 @@
-"""Builds the models in every contender's format, so that no benchmark spends its time on that.
-
-    python -m bench.cpu.prepare [MODEL ...]
+"""Builds the models in every contender's format, so that no benchmark spends its time on that:
+``python -m bench.cpu.prepare``, with the names of models behind it if it should not be both.
 """
 
 import sys

@@ -36,10 +36,7 @@ def test_tokenizer_figures_are_those_of_the_record() -> None:
 
 def test_tables_of_the_cpu_benchmarks_are_those_of_the_records() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    parts = report.sections()
-    assert report.filled(readme, parts) == readme, "python -m bench.report --write"
-    if "decode" in parts:
-        assert f"](bench/results/cpu/{report.PLOT})" in readme
+    assert report.filled(readme, report.section()) == readme, "python -m bench.report --write"
 
 
 def test_losses_of_the_bundled_model() -> None:
