@@ -119,6 +119,24 @@ def test_a_common_beginning_is_evaluated_once(model: GPT2LMHeadModel, kind: str)
     assert sorted(handle.slot for handle in again) == [0, 1, 2, 3]
 
 
+def test_a_borrower_lends_nothing(model: GPT2LMHeadModel) -> None:
+    """What it has of its own stands in one slot and its beginning in another: who has more in
+    common with it shares the beginning's owner."""
+    prompt = torch.randint(8, VOCAB_SIZE, (20,)).tolist()
+    branch = [*prompt[:18], *torch.randint(8, VOCAB_SIZE, (8,)).tolist()]
+    prompts = [prompt, branch, [*branch[:24], 9]]
+    with make_engine(model, "sharing", 3) as engine:
+        handles = [engine.submit(ids, max_new_tokens=6, eos_token_id=[]) for ids in prompts]
+        while engine.unfinished:
+            engine.step()
+    runner: Any = engine._runner
+    prefilled = [call[1:] for call in runner.calls if call[0] == "prefill"]
+    assert prefilled == [(0, 0, 20), (1, 18, 26), (2, 18, 25)]
+    for handle, ids in zip(handles, prompts, strict=True):
+        expected = alone(model, ids, max_new_tokens=6, eos_token_id=[])
+        assert handle.token_ids == expected.sequences[0, len(ids) :].tolist()
+
+
 def test_long_prompts_do_not_hold_up_those_that_run(model: GPT2LMHeadModel) -> None:
     engine = make_engine(model, "copying", 2, prefill_tokens=8)
     running = engine.submit([9, 10], max_new_tokens=30, eos_token_id=[])
