@@ -12,42 +12,46 @@ in which models are built and kept (``build/bench``).
 """
 
 import sys
-from functools import partial
+from collections.abc import Iterator
 
 import pytest
 
+from bench.cpu.companies import Companies
 from bench.cpu.contest import DecodeCase, decode
-from bench.cpu.processes import Process
-from bench.cpu.record import QUICK, RECORD, RESULTS, THREADS, Record
+from bench.cpu.record import QUICK, RECORD, RESULTS, Record
 from bench.cpu.table import COMPANIES
 from bench.report import missing, times_table
 
-SHARE = 0.45  # of the minutes given
+UNTIL = 0.7  # of the minutes given
 CASES = (
     [DecodeCase("gpt2", "quick", 32, 33)]
     if QUICK
     else [
         DecodeCase(model, company, prompt, new)
         for model in ("gpt2", "gpt2-medium")
-        for prompt, new in ((32, 129), (512, 65))
         for company in ("float32", "smaller")
+        for prompt, new in ((32, 129), (512, 65))
     ]
 )
 
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    return Record("decode", SHARE, RESULTS if RECORD else None)
+    return Record("decode", UNTIL, RESULTS if RECORD else None)
+
+
+@pytest.fixture(scope="module")
+def companies() -> Iterator[Companies]:
+    with Companies() as companies:
+        yield companies
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_decode(record: Record, case: DecodeCase) -> None:
+def test_decode(record: Record, companies: Companies, case: DecodeCase) -> None:
     if record.time_is_up():
         record.add({**vars(case), "not measured": "no time left"})
         pytest.skip("no time left")
-    names = COMPANIES[case.company]
-    start = partial(Process, model=case.model, threads=THREADS)
-    made = decode(case, names, start, lambda text: print(f"{case}: {text}", file=sys.stderr))
+    made = decode(case, companies.of(case.model, COMPANIES[case.company]))
     record.add(made)
     print("\n".join(["", times_table([made]), *missing([made])]), file=sys.stderr)
     wrong = {name: r["wrong"] for name, r in made["contenders"].items() if "wrong" in r}

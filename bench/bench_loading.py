@@ -17,17 +17,17 @@ from bench.cpu.record import QUICK, RECORD, RESULTS, THREADS, Record
 from bench.cpu.table import BASE, LOADING, QUICK_COMPANY
 from bench.report import loading_table, missing
 
-SHARE = 0.15  # of the minutes given
-ROUNDS = 1 if QUICK else 3
+UNTIL = 0.2  # of the minutes given
+ROUNDS = 1 if QUICK else 2
 
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    return Record("loading", SHARE, RESULTS if RECORD else None)
+    return Record("loading", UNTIL, RESULTS if RECORD else None)
 
 
 def test_imports(record: Record) -> None:
-    found = imports(3 if QUICK else 7)
+    found = imports(3 if QUICK else 5)
     record.put("imports", found)
     print(
         "".join(f"\nimport {kind}: {p['p50']:.3f} s" for kind, p in found.items()), file=sys.stderr

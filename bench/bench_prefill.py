@@ -6,55 +6,50 @@ Contenders take turns, a call each; environment and records as in ``bench_decode
 """
 
 import sys
-from functools import partial
+from collections.abc import Iterator
 
 import pytest
 
+from bench.cpu.companies import Companies
 from bench.cpu.contest import PrefillCase, prefill
-from bench.cpu.processes import Process
-from bench.cpu.record import QUICK, RECORD, RESULTS, THREADS, Record
+from bench.cpu.record import QUICK, RECORD, RESULTS, Record
 from bench.cpu.table import PREFILL, PREFILL_BATCH, QUICK_COMPANY
 from bench.report import missing, times_table
 
-SHARE = 0.4  # of the minutes given
+UNTIL = 1.0  # of the minutes given
 CASES = (
     [PrefillCase("gpt2", 1, 128, 3)]
     if QUICK
-    else [  # what matters most first: time may end
-        PrefillCase("gpt2", 1, 512, 4),
-        PrefillCase("gpt2", 1, 128, 6),
-        PrefillCase("gpt2", 1, 1024, 3),
-        PrefillCase("gpt2", 8, 128, 3),
-        PrefillCase("gpt2-medium", 1, 512, 3),
-        PrefillCase("gpt2-medium", 1, 128, 4),
-        PrefillCase("gpt2", 8, 512, 3),
-        PrefillCase("gpt2-medium", 1, 1024, 2),
-        PrefillCase("gpt2", 8, 1024, 2),
-        PrefillCase("gpt2-medium", 8, 128, 2),
-        PrefillCase("gpt2-medium", 8, 512, 2),
-        PrefillCase("gpt2-medium", 8, 1024, 2),
+    else [  # of a model, what matters most first: time may end
+        PrefillCase(model, batch, prompt, rounds)
+        for model in ("gpt2", "gpt2-medium")
+        for batch, prompt, rounds in (
+            *((1, 512, 4), (1, 128, 6), (1, 1024, 3)),
+            *((8, 128, 3), (8, 512, 2), (8, 1024, 2)),
+        )
     ]
 )
 
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    return Record("prefill", SHARE, RESULTS if RECORD else None)
+    return Record("prefill", UNTIL, RESULTS if RECORD else None)
+
+
+@pytest.fixture(scope="module")
+def companies() -> Iterator[Companies]:
+    with Companies() as companies:
+        yield companies
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_prefill(record: Record, case: PrefillCase) -> None:
+def test_prefill(record: Record, companies: Companies, case: PrefillCase) -> None:
     if record.time_is_up():
         record.add({**vars(case), "not measured": "no time left"})
         pytest.skip("no time left")
-    names = PREFILL if case.batch == 1 else PREFILL_BATCH
-    start = partial(Process, model=case.model, threads=THREADS)
-    made = prefill(
-        case,
-        QUICK_COMPANY if QUICK else names,
-        start,
-        lambda text: print(f"{case}: {text}", file=sys.stderr),
-    )
+    everybody = QUICK_COMPANY if QUICK else PREFILL
+    names = everybody if case.batch == 1 else PREFILL_BATCH
+    made = prefill(case, names, companies.of(case.model, everybody), record.time_is_up)
     record.add(made)
     print("\n".join(["", times_table([made]), *missing([made])]), file=sys.stderr)
     wrong = {name: r["wrong"] for name, r in made["contenders"].items() if "wrong" in r}

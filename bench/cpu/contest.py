@@ -70,11 +70,17 @@ def tokens(count: int, seed: int) -> list[int]:
 
 
 class Company:
-    """The processes of the contenders that are here and right; what became of each in `reports`."""
+    """The processes of the contenders of a model that are here and right, for its cases in turn.
+
+    Attributes:
+        processes: by name.
+        reports: for the case at hand, what became of each.
+    """
 
     def __init__(self, names: tuple[str, ...], start: Start, say: Say) -> None:
-        self.reports: dict[str, Report] = {name: {} for name in names}
+        self.reports = self._all = {name: Report() for name in names}
         self.processes: dict[str, Asked] = {}
+        self.say = say
         self._reference: Any = None
         self._measurer = start(BARE)  # a process of its own, which loads no model
         for name in names:
@@ -85,8 +91,19 @@ class Company:
                 self.processes[name].ask("load")
                 if name != BARE:
                     self._gate(name)
+                generated(self.processes[name], tokens(8, seed=3), _WARM_UP)
         if BASE not in self.processes:
+            self.close()
             raise Failed(f"{BASE}, the reference: {self.reports[BASE]}")
+
+    def begin(self, names: tuple[str, ...] | None = None) -> None:
+        """A new case: reports of these, with what holds for every case."""
+        kept = ("agreement", "wrong", "not measured")
+        self.reports = {
+            name: {key: report[key] for key in kept if key in report}
+            for name, report in self._all.items()
+            if names is None or name in names
+        }
 
     @contextmanager
     def excluding(self, name: str) -> Iterator[None]:
@@ -95,7 +112,7 @@ class Company:
             yield
         except Failed as error:
             kind = "wrong" if isinstance(error, Wrong) else "not measured"
-            self.reports[name][kind] = str(error)
+            self._all[name][kind] = self.reports[name][kind] = str(error)
             self.processes.pop(name).close()
 
     def _gate(self, name: str) -> None:
@@ -112,6 +129,8 @@ class Company:
 
     def check_tokens(self, made: dict[str, list[int]]) -> None:
         """Exclude who should have generated the reference's tokens and did not."""
+        if BASE not in made:
+            raise Failed(f"{BASE}, the reference: {self.reports[BASE]}")
         right = made[BASE]
         for name in EXACT & made.keys():
             with self.excluding(name):
@@ -122,6 +141,10 @@ class Company:
     def limits(self) -> dict[str, float]:
         """Of the machine, now."""
         return self._measurer.ask("limits")
+
+    def present(self) -> list[str]:
+        """Those of the case at hand that are still in it."""
+        return [name for name in self.reports if name in self.processes]
 
     def close(self) -> None:
         for process in (*self.processes.values(), self._measurer):
@@ -140,64 +163,61 @@ class Wrong(Failed):
     """An answer is not the reference's."""
 
 
-def decode(case: DecodeCase, names: tuple[str, ...], start: Start, say: Say) -> Report:
+def decode(case: DecodeCase, company: Company) -> Report:
     """The record of a case."""
-    company = Company(names, start, say)
+    company.begin()
     prompt = tokens(case.prompt, seed=2)
     limits = []
     answers: dict[str, dict[str, Any]] = {}
-    try:
-        for name in names:
-            if name in company.processes:
-                with company.excluding(name):
-                    generated(company.processes[name], prompt[:8], _WARM_UP)
-        chunks = -(-(case.new - 1) // case.chunk)
-        for turn in range(1 + chunks):
-            say(f"turn {turn} of {chunks}")
-            limits.append(company.limits())
-            for name in [n for n in names if n in company.processes]:
-                with company.excluding(name):
-                    request: dict[str, Any] = {"do": "go"}
-                    if turn == 0:
-                        sizes = {"new": case.new, "chunk": case.chunk}
-                        request = {"do": "generate", "prompt": prompt, **sizes}
-                    answers[name] = company.processes[name].ask(**request)
-        company.check_tokens({name: answers[name]["tokens"] for name in company.processes})
-        for name in company.processes:
-            seconds = answers[name]["seconds"]
-            parts = [seconds[i : i + case.chunk] for i in range(1, case.new, case.chunk)]
-            company.reports[name] |= {
-                "first_token_s": seconds[0],
-                "token_s": quantiles(seconds[1:]),
-                "seconds": [sum(part) / len(part) for part in parts],
-            }
-    finally:
-        company.close()
+    chunks = -(-(case.new - 1) // case.chunk)
+    for turn in range(1 + chunks):
+        company.say(f"{case}: turn {turn} of {chunks}")
+        limits.append(company.limits())
+        for name in company.present():
+            with company.excluding(name):
+                request: dict[str, Any] = {"do": "go"}
+                if turn == 0:
+                    sizes = {"new": case.new, "chunk": case.chunk}
+                    request = {"do": "generate", "prompt": prompt, **sizes}
+                answers[name] = company.processes[name].ask(**request)
+    company.check_tokens({name: answers[name]["tokens"] for name in company.present()})
+    for name in company.present():
+        seconds = answers[name]["seconds"]
+        parts = [seconds[i : i + case.chunk] for i in range(1, case.new, case.chunk)]
+        company.reports[name] |= {
+            "first_token_s": seconds[0],
+            "token_s": quantiles(seconds[1:]),
+            "seconds": [sum(part) / len(part) for part in parts],
+        }
     return _closed(asdict(case), company, limits)
 
 
-def prefill(case: PrefillCase, names: tuple[str, ...], start: Start, say: Say) -> Report:
-    """The record of a case."""
-    company = Company(names, start, say)
+def prefill(
+    case: PrefillCase,
+    names: tuple[str, ...],
+    company: Company,
+    time_is_up: Callable[[], bool] = lambda: False,
+) -> Report:
+    """The record of a case between some of a company; of fewer rounds where time is up."""
+    company.begin(names)
     rows = [tokens(case.prompt, seed=2 + row) for row in range(case.batch)]
     limits = []
     seconds: dict[str, list[float]] = {name: [] for name in names}
     first: dict[str, list[int]] = {}
-    try:
-        for turn in range(1 + case.rounds):  # the first is the warm-up
-            say(f"turn {turn} of {case.rounds}")
-            limits.append(company.limits())
-            for name in [n for n in names if n in company.processes]:
-                with company.excluding(name):
-                    answer = company.processes[name].ask("prefill", rows=rows)
-                    first[name] = answer["tokens"]
-                    seconds[name].append(answer["seconds"])
-            if turn == 0:
-                company.check_tokens({name: first[name] for name in company.processes})
-        for name in company.processes:
-            company.reports[name]["seconds"] = seconds[name][1:]
-    finally:
-        company.close()
+    for turn in range(1 + case.rounds):  # the first is the warm-up
+        if turn > 1 and time_is_up():
+            break
+        company.say(f"{case}: turn {turn} of {case.rounds}")
+        limits.append(company.limits())
+        for name in company.present():
+            with company.excluding(name):
+                answer = company.processes[name].ask("prefill", rows=rows)
+                first[name] = answer["tokens"]
+                seconds[name].append(answer["seconds"])
+        if turn == 0:
+            company.check_tokens({name: first[name] for name in company.present()})
+    for name in company.present():
+        company.reports[name]["seconds"] = seconds[name][1:]
     return _closed(asdict(case), company, limits)
 
 

@@ -13,7 +13,8 @@ from bench.suite.environment import environment
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "cpu"
 QUICK = bool(os.environ.get("GPT2FAST_BENCH_QUICK"))
 RECORD = bool(os.environ.get("GPT2FAST_BENCH_RECORD"))
-# Of all three benchmarks; without, every case runs.
+STARTED = time.monotonic()
+# For all three benchmarks; without, every case runs.
 MINUTES = float(os.environ.get("GPT2FAST_BENCH_MINUTES") or "inf")
 THREADS = int(os.environ.get("GPT2FAST_BENCH_THREADS") or os.cpu_count() or 1)
 
@@ -49,13 +50,13 @@ class Record:
 
     Args:
         name: of the file.
-        share: of the minutes that a run was given, how many are this benchmark's.
+        until: the share of the minutes given, since the run began, after which no case begins.
         folder: where to write; None writes nothing.
     """
 
-    def __init__(self, name: str, share: float, folder: Path | None) -> None:
+    def __init__(self, name: str, until: float, folder: Path | None) -> None:
         self._path = None if folder is None else folder / f"{name}.json"
-        self._ends = time.monotonic() + 60 * MINUTES * share
+        self._ends = STARTED + 60 * MINUTES * until
         facts = environment()
         facts["versions"] |= {package: _version(package) for package in _PACKAGES}
         self.content: dict[str, Any] = {

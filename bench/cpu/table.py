@@ -118,13 +118,10 @@ PREFILL_BATCH = (
 LOADING = (
     TORCH,
     BASE,
-    "pytorch-pretrained-bert",
     "CTranslate2",
     "CTranslate2 int8",
     "ONNX Runtime",
-    "ONNX Runtime int8",
     "llama.cpp",
-    "llama.cpp Q8_0",
     OURS,
     "gpt2fast fp16",
     "gpt2fast int8",

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,15 @@ def decoded(**fakes: Fake) -> dict[str, Any]:
     names = {"base": table.BASE, "bare": table.BARE, "ours": table.OURS, "again": table.AGAIN}
     named = {names.get(key, key): fake for key, fake in fakes.items()}
     case = DecodeCase("tiny", "float32", 5, NEW, CHUNK)
-    started = iter([InThread(Fake()), *map(InThread, named.values())])  # the measurer comes first
-    return contest.decode(case, tuple(named), lambda name: next(started), lambda text: None)
+    with closing(company(*named.items())) as there:
+        return contest.decode(case, there)
+
+
+def company(*named: tuple[str, Any]) -> contest.Company:
+    contenders = iter([Fake(), *(contender for _, contender in named)])  # the measurer comes first
+    return contest.Company(
+        tuple(name for name, _ in named), lambda name: InThread(next(contenders)), lambda text: None
+    )
 
 
 def test_ratios_are_of_turns_and_the_noise_is_known() -> None:
@@ -135,14 +143,31 @@ def test_without_the_reference_nothing_is_measured() -> None:
 
 
 def test_prefill_takes_turns_after_a_warm_up() -> None:
-    fakes = [Fake(), Fake(0.02), Fake(0.01), Fake(token=8)]
-    started = iter([InThread(fake) for fake in fakes])
-    names = (table.BASE, table.OURS, "ONNX Runtime")
-    case = PrefillCase("tiny", 2, 6, 3)
-    record = contest.prefill(case, names, lambda name: next(started), lambda text: None)
-    assert [len(record["contenders"][name]["seconds"]) for name in names[:2]] == [3, 3]
+    named = {
+        table.BASE: Fake(0.02),
+        table.OURS: Fake(0.01),
+        "ONNX Runtime": Fake(token=8),
+        "llama.cpp": Fake(),
+    }
+    with closing(company(*named.items())) as there:
+        names = (table.BASE, table.OURS, "ONNX Runtime")
+        record = contest.prefill(PrefillCase("tiny", 2, 6, 3), names, there)
+        hurried = contest.prefill(PrefillCase("tiny", 1, 6, 3), names, there, lambda: True)
+    assert record["contenders"].keys() == set(names)
+    for name in (table.BASE, table.OURS):
+        assert len(record["contenders"][name]["seconds"]) == 3
+        assert len(hurried["contenders"][name]["seconds"]) == 1
     assert record["contenders"][table.OURS]["times_base"]["p50"] == pytest.approx(2)
     assert "wrong" in record["contenders"]["ONNX Runtime"]
+    assert "wrong" in hurried["contenders"]["ONNX Runtime"]  # once wrong, it stays away
+
+
+def test_cases_of_a_company_have_reports_of_their_own() -> None:
+    with closing(company((table.BASE, Fake(0.02)), (table.OURS, Fake(0.01)))) as there:
+        long = contest.decode(DecodeCase("tiny", "float32", 5, NEW, CHUNK), there)
+        short = contest.decode(DecodeCase("tiny", "float32", 5, NEW - 5, CHUNK), there)
+    assert [len(r["contenders"][table.OURS]["seconds"]) for r in (long, short)] == [3, 1]
+    assert short["contenders"][table.OURS]["agreement"]["argmax"] == 1
 
 
 def test_loading_starts_a_process_each_time() -> None:
@@ -214,9 +239,9 @@ def test_ours_and_the_references_pass_their_gate(tiny: str) -> None:
         "gpt2fast bfloat16",
         "gpt2fast int8",
     )
-    started = iter([InThread(Fake()), *(InThread(table.make(name, tiny, 1)) for name in names)])
     case = DecodeCase(tiny, "float32", 20, NEW, CHUNK)
-    record = contest.decode(case, names, lambda name: next(started), lambda text: None)
+    with closing(company(*((name, table.make(name, tiny, 1)) for name in names))) as there:
+        record = contest.decode(case, there)
     for name, report in record["contenders"].items():
         assert "times_base" in report, (name, report)
     assert record["contenders"][table.OURS]["agreement"]["largest"] < 1e-5
