@@ -165,8 +165,8 @@ class Batch:
         for sequence in running:
             key = (0, 0)
             if sequence.lookup is not None:
-                # No draft beyond the cache, and none where the sequence will have ended.
-                room = min(self._runner.capacity - 1, sequence.limit - 2) - sequence.cached
+                # None where the sequence will have ended.
+                room = sequence.limit - 2 - sequence.cached
                 proposed = sequence.lookup.propose(min(room, _MAX_DRAFTS))
                 if proposed:
                     proposals[sequence] = proposed

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gpt2fast import GPT2LMHeadModel, KVCache
 from gpt2fast.engine.sampling import select_and_commit
+from gpt2fast.engine.speculation import PromptLookup
 from gpt2fast.kernels.decode_state import RUNNING, DecodeState
 
 
@@ -17,12 +18,11 @@ class ReferenceRunner:
     Args:
         shares: whether shared prefixes are read from their owner's slot.
         look_every: as a GPU's runner has it, above 1.
+        proposes: whether it finds drafts by itself.
 
     Attributes:
         calls: what was asked for, in order.
     """
-
-    proposes = False
 
     def __init__(
         self,
@@ -31,10 +31,11 @@ class ReferenceRunner:
         capacity: int,
         shares: bool = False,
         look_every: int = 1,
+        proposes: bool = False,
     ) -> None:
         config = model.config
         self.slots, self.capacity = slots, capacity
-        self.shares_prefix, self.look_every = shares, look_every
+        self.shares_prefix, self.look_every, self.proposes = shares, look_every, proposes
         self.calls: list[tuple[Any, ...]] = []
         self.closed = False
         self.state = DecodeState.empty(slots, capacity, config.vocab_size, model.device)
@@ -63,17 +64,25 @@ class ReferenceRunner:
     ) -> None:
         self.calls.append(("advance", tuple(slots), steps, drafts))
         assert len(set(slots)) == len(slots)
-        assert steps == 1 or not drafts
+        assert steps == 1 or self.proposes or not drafts
         state = self.state
         assert context == max(int(state.lengths[s]) for s in slots)
         for slot in slots:
             greedy = state.temperature[slot] == 0 and state.penalty[slot] == 1
             free = state.least[slot] <= state.lengths[slot] + 1
             assert not plain or (greedy and free)
+        if drafts:
+            needed = max(int(state.limits[s]) - 2 - int(state.lengths[s]) for s in slots)
+            assert self.proposes or drafts <= needed
+            assert context + steps * (drafts + 1) <= self.capacity
         for _ in range(steps):
             rows = []
             for slot in slots:
                 start = int(state.lengths[slot])
+                if self.proposes and drafts:
+                    tokens = state.tokens[slot, : start + 1].tolist()
+                    proposed = torch.tensor(PromptLookup(tokens, drafts, ngram).propose(drafts))
+                    state.tokens[slot, start + 1 : start + 1 + len(proposed)] = proposed
                 if state.status[slot] == RUNNING:
                     rows.append(self._evaluate(slot, start, start + drafts + 1))
                 else:

@@ -12,15 +12,16 @@ from gpt2fast.engine.scheduler import Sequence
 from tests.engine.conftest import POSITIONS, VOCAB_SIZE, general, make_model
 from tests.engine.reference_runner import ReferenceRunner
 
-RUNNERS = ["torch", "copying", "sharing", "eight steps"]
+RUNNERS = ["torch", "copying", "sharing", "eight steps", "proposing"]
 
 
 def make_engine(model: GPT2LMHeadModel, kind: str, slots: int, **keywords: Any) -> Engine:
     if kind == "torch":
         return Engine(model, slots, **keywords)
     capacity = keywords.pop("capacity", POSITIONS)
-    look_every = 8 if kind == "eight steps" else 1
-    runner = ReferenceRunner(model, slots, capacity, kind == "sharing", look_every)
+    shares, proposes = kind in ("sharing", "proposing"), kind == "proposing"
+    look_every = 8 if kind in ("eight steps", "proposing") else 1
+    runner = ReferenceRunner(model, slots, capacity, shares, look_every, proposes)
     return Engine(model, slots, capacity, runner=runner, **keywords)
 
 

@@ -83,6 +83,17 @@ def test_same_as_the_general_way(
     assert len(count) == 2
 
 
+def test_rows_end_as_soon_as_they_may(model: GPT2LMHeadModel, prompts: list[list[int]]) -> None:
+    """The least length counts each row's own tokens, whatever padding stands before it."""
+    free = general(model).generate(prompts, max_new_tokens=7, eos_token_id=[])
+    keywords = {"max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": free[:, -1].tolist()}
+    for least in ({"min_new_tokens": 6}, {"min_length": 15}):
+        expected = general(model).generate(prompts, **keywords, **least, **FULL)
+        output = model.generate(prompts, **keywords, **least, **FULL)
+        assert_same(output, expected, model, prompts)
+        assert "eos" in output.finish_reasons
+
+
 def test_streams_of_text(model: GPT2LMHeadModel, prompts: list[list[int]]) -> None:
     tokenizer = GPT2Tokenizer()
     text = general(model).generate(prompts, max_new_tokens=15, eos_token_id=[])

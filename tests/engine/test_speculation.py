@@ -65,13 +65,13 @@ def looping(model: GPT2LMHeadModel) -> tuple[list[int], list[int]]:
     return text[:30], text[30:]
 
 
-@pytest.mark.parametrize("steps", [1, 8])
-def test_accepted_drafts_save_steps(model: GPT2LMHeadModel, steps: int) -> None:
+@pytest.mark.parametrize("proposes", [False, True])
+def test_accepted_drafts_save_steps(model: GPT2LMHeadModel, proposes: bool) -> None:
     """A text that was seen before comes out in fewer evaluations, token for token."""
     prompt, rest = looping(model)
     prompt = [*prompt[20:], *rest, *prompt[20:]]  # what follows has been there
     expected = general(model).generate(prompt, max_new_tokens=16, eos_token_id=[])[0].tolist()
-    runner = ReferenceRunner(model, 1, POSITIONS, look_every=steps)
+    runner = ReferenceRunner(model, 1, POSITIONS, look_every=4, proposes=proposes)
     with Engine(model, runner=runner) as engine:
         handle = engine.submit(
             prompt, max_new_tokens=16, eos_token_id=[], prompt_lookup_num_tokens=5
