@@ -18,7 +18,7 @@ from gpt2fast.generation import GenerationMixin
 from gpt2fast.inputs import check_range
 from gpt2fast.layers import is_plain
 from gpt2fast.outputs import CausalLMOutput, DeferredLogits, DoubleHeadsOutput, as_returned
-from gpt2fast.quantization import QuantizedHead
+from gpt2fast.quantized_layers import QuantizedHead
 from gpt2fast.transformer import GPT2Model, resized_rows
 
 __all__ = ["GPT2DoubleHeadsModel", "GPT2LMHeadModel", "GPT2Model"]

@@ -1,22 +1,26 @@
-"""Models with low-bit weights: the modules that hold them, and a float model turned into one.
+"""Models with low-bit weights: a float model turned into one, in memory or while it is read.
 
 The matrices of the blocks and of the head become int8 (a scale an output), fp16 or int4 (a scale a
 group of 128 inputs; head and embedding int8); the token embedding is read from the head's rows
 where they are tied. Position embeddings, LayerNorms and biases stay as they are. Such a model
 generates, and evaluates texts with or without labels; it has no gradients.
-
-On a CPU a matrix is laid out for the op that multiplies it at its first use, and kept in that
-layout alone: what the state dict then needs is unpacked from it.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gpt2fast.kernels import packing, quantized
+from gpt2fast.kernels import packing
 from gpt2fast.layers import Conv1D, is_plain
+from gpt2fast.quantized_layers import (
+    Quantized,
+    QuantizedConv1D,
+    QuantizedEmbedding,
+    QuantizedHead,
+)
 
 if TYPE_CHECKING:
     from gpt2fast.base import PreTrainedModel
@@ -36,181 +40,6 @@ _FORMS: dict[int, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
 _LARGEST = 65504  # of float16; weights are of the order of 1
 _BLOCK = 8192  # outputs that are quantised at a time
 _BLOCK_MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-
-
-class Quantized(nn.Module):
-    """A weight ``[N, K]`` in one of the forms of `gpt2fast.kernels.packing`.
-
-    Attributes:
-        bits: 16, 8 or 4.
-        outputs, inputs: N and K.
-        scale: None, float32 ``[N]`` or ``[N, ceil(K / 128)]``.
-        packed: the weight in the layout of a CPU's op; None before the first call and elsewhere.
-    """
-
-    scale: Tensor | None
-
-    def __init__(self, weight: Tensor, scale: Tensor | None, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
-        self.outputs, self.inputs = weight.shape[0], weight.shape[1] * (2 if bits == 4 else 1)
-        self.packed: quantized.Packed | None = None
-        self._buffers["weight"] = weight
-        self.register_buffer("scale", scale)
-        self.training = False
-
-    @property
-    def weight(self) -> Tensor:
-        """float16 or int8 ``[N, K]``, or uint8 ``[N, K / 2]``."""
-        held = self._buffers["weight"]
-        if held is None:
-            assert self.packed is not None
-            return self.packed.weight()
-        return held
-
-    def train(self, mode: bool = True) -> "Quantized":
-        """Refuses training.
-
-        Raises:
-            RuntimeError: ``mode`` is True.
-        """
-        if mode:
-            raise RuntimeError(
-                "a quantised model cannot be trained: its weights have no gradients. Train the "
-                "float model and quantise the result"
-            )
-        super().train(False)
-        return self
-
-    def extra_repr(self) -> str:
-        return f"outputs={self.outputs}, inputs={self.inputs}, bits={self.bits}"
-
-    def unpack(self) -> None:
-        """Bring the weight back to the form that other devices, and the state dict, know."""
-        self._buffers["weight"], self.packed = self.weight, None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantized":
-        """Moves. A cast is for the floating tensors around the form, not for the form itself."""
-        if self.packed is not None and fn(torch.empty(0)).device.type != "cpu":
-            self.unpack()
-        form = {name: self._buffers.pop(name) for name in ("weight", "scale")}
-        super()._apply(fn, recurse)
-        for name, tensor in form.items():
-            self._buffers[name] = None if tensor is None else _moved(fn, tensor)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which know no packed layouts."""
-        return {
-            **self.__dict__,
-            "packed": None,
-            "_buffers": {**self._buffers, "weight": self.weight},
-        }
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
-    ) -> None:
-        self.unpack()
-        for name in ("weight", "scale"):
-            given, held = state_dict.get(prefix + name), self._buffers[name]
-            # PyTorch would cast floats to integers without a word.
-            if given is not None and held is not None and given.dtype != held.dtype:
-                errors = lists[-1]
-                errors.append(
-                    f"{prefix}{name} is {given.dtype}; this quantised model's is {held.dtype}"
-                )
-                return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-
-
-class QuantizedEmbedding(Quantized):
-    """Rows of a weight; they come out in the dtype that the model is cast to."""
-
-    like: Tensor
-
-    def __init__(self, weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> None:
-        super().__init__(weight, scale, bits)
-        like = torch.empty(0, dtype=dtype, device=weight.device)
-        self.register_buffer("like", like, persistent=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Ids ``[...]`` to ``[..., K]``."""
-        rows = self.weight[ids]
-        scale = None if self.scale is None else self.scale[ids]
-        return packing.dequantize(rows, scale, self.bits).to(self.like.dtype)
-
-
-class _Linear(Quantized):
-    """``x W^T + b``."""
-
-    bias: Tensor | None
-
-    def __init__(
-        self, weight: Tensor, scale: Tensor | None, bits: int, bias: Tensor | None
-    ) -> None:
-        super().__init__(weight, scale, bits)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., K]`` to ``[..., N]``, in the dtype of x.
-
-        Raises:
-            RuntimeError: x needs a gradient.
-        """
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"no gradient passes through a {type(self).__name__}: call the model under "
-                "torch.no_grad(), or detach its inputs"
-            )
-        return self.rows(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.outputs)
-
-    def rows(self, x: Tensor) -> Tensor:
-        """The same for ``[M, K]``, without `forward`'s check."""
-        packed = self.packed
-        if packed is None and x.device.type == "cpu":
-            packed = self._pack()
-        if packed is None:
-            product = quantized.plain_linear(x, self.weight, self.scale, self.bits)
-            return product if self.bias is None else product.add_(self.bias)
-        return packed(x.float()).to(x.dtype)
-
-    def _pack(self) -> quantized.Packed | None:
-        bias = None if self.bias is None else self.bias.float()
-        self.packed = packed = quantized.pack(self.weight, self.scale, bias, self.bits)
-        return packed
-
-
-class QuantizedHead(_Linear):
-    """The language-model head. Its rows stay beside their packed layout: the embedding reads them.
-
-    Args:
-        weight, scale, bits: as `Quantized` has them.
-    """
-
-    def __init__(self, weight: Tensor, scale: Tensor | None, bits: int) -> None:
-        super().__init__(weight, scale, bits, None)
-
-    def tie(self, embedding: QuantizedEmbedding) -> None:
-        """Take the embedding's rows."""
-        rows = embedding._buffers
-        if self._buffers["weight"] is not rows["weight"]:
-            self._buffers.update(weight=rows["weight"], scale=rows["scale"])
-            self.packed = None
-
-
-class QuantizedConv1D(_Linear):
-    """Stands in for `Conv1D`, with the weight output-major. Packed, it keeps no second copy."""
-
-    def _pack(self) -> quantized.Packed | None:
-        # Another thread may be between these lines: the one is set before the other goes.
-        packed = super()._pack()
-        if packed is not None:
-            self._buffers["weight"] = None
-        return packed
 
 
 def quantize(model: Model, mode: str) -> Model:
@@ -233,7 +62,8 @@ def quantize(model: Model, mode: str) -> Model:
         TypeError: the model has a module that cannot be quantised.
     """
     bits = bits_of(mode)
-    if (held := getattr(model.config, CONFIG_FIELD, None)) is not None:
+    if any(isinstance(module, Quantized) for module in model.modules()):
+        held = getattr(model.config, CONFIG_FIELD, None)
         raise ValueError(f"the model is quantised already: {held}")
     targets = _targets(model)
     for name, module in targets:
@@ -249,7 +79,7 @@ def quantize(model: Model, mode: str) -> Model:
         if isinstance(module, nn.Embedding) and model.config.tie_word_embeddings:
             rows = form
         model.set_submodule(name, _module(module, *form, bits(name), dtype))
-    setattr(model.config, CONFIG_FIELD, {"quant_method": METHOD, "mode": mode})
+    _mark(model, mode)
     return model
 
 
@@ -296,7 +126,7 @@ def make_room(model: "PreTrainedModel", mode: str, dtype: torch.dtype) -> None:
         scales = None if scale is None else weight.new_empty(scale, dtype=torch.float32)
         model.set_submodule(name, _module(module, data, scales, form, dtype))
     model.requires_grad_(False)
-    setattr(model.config, CONFIG_FIELD, {"quant_method": METHOD, "mode": mode})
+    _mark(model, mode)
 
 
 def quantize_tensors(model: "PreTrainedModel", weights: dict[str, Tensor], mode: str) -> None:
@@ -345,6 +175,16 @@ def _targets(model: "PreTrainedModel") -> list[tuple[str, Any]]:
     return [(name, model.get_submodule(name)) for name in names]
 
 
+def _mark(model: "PreTrainedModel", mode: str) -> None:
+    """Write the mode into the model's configuration, which float models may share."""
+    config = copy.copy(model.config)
+    setattr(config, CONFIG_FIELD, {"quant_method": METHOD, "mode": mode})
+    for module in model.modules():
+        if getattr(module, "config", None) is model.config:
+            module.config = config
+    model.config = config
+
+
 def _check(name: str, module: nn.Module) -> None:
     plain = (
         is_plain(module, Conv1D)
@@ -389,8 +229,3 @@ def _module(
     if isinstance(module, nn.Embedding):
         return QuantizedEmbedding(data, scale, bits, dtype)
     return QuantizedHead(data, scale, bits)
-
-
-def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    moved = fn(tensor)
-    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -30,7 +30,12 @@ from gpt2fast.layers import (
     drops,
     is_plain,
 )
-from gpt2fast.quantization import Quantized, QuantizedConv1D, QuantizedEmbedding, QuantizedHead
+from gpt2fast.quantized_layers import (
+    Quantized,
+    QuantizedConv1D,
+    QuantizedEmbedding,
+    QuantizedHead,
+)
 from gpt2fast.transformer import GPT2Model
 
 if TYPE_CHECKING:
