@@ -3,8 +3,9 @@
     python bench/gpu_suite.py [--only PART ...] [--budget-seconds 520] [--out FILE.json] [--dry-run]
 
 Parts, the most important first: ``parity`` (the tests of the kernels, on the GPU), ``sanitize``
-(memory errors and races), ``limits`` (what the device reaches), ``ops`` (every op against its
-peers). ``--only ops:attention`` takes the cases, or tests, whose name contains "attention".
+(memory errors and races), ``limits`` (what the device reaches), ``decode`` (whole generations
+against their peers), ``ops`` (every op against its own). ``--only ops:attention`` takes the cases,
+or tests, whose name contains "attention".
 
 It runs from a checkout that is not installed. Each part is a process of its own, so one that
 crashes or hangs takes nothing else down. The record is written after every case. The exit status is

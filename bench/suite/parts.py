@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.suite import report, sanitizer
+from bench.suite import decode_report, report, sanitizer
 from bench.suite.environment import ROOT
 from bench.suite.processes import Failed, Process, TimedOut, tail
 
-PARTS = ("parity", "sanitize", "limits", "ops")
-# What of the whole budget a part may take at most, so that the next have their share.
-_MOST = {"parity": 0.55, "sanitize": 0.22, "limits": 0.12, "ops": 1.0}
+PARTS = ("parity", "sanitize", "limits", "decode", "ops")
+# What of the whole budget a part may take at most, so that the next have their share; the last that
+# was asked for takes what is left.
+_MOST = {"parity": 0.55, "sanitize": 0.22, "limits": 0.12, "decode": 0.4, "ops": 1.0}
 _OVERRUN = 15.0  # seconds that a case may run on when the budget ends
 _STARTING = 120.0  # seconds until a process must give its first sign of life
 # The tests' time is that of compiling hundreds of kernels, on the host.
@@ -80,8 +81,9 @@ class Suite:
 
     def run(self) -> None:
         only = self._options.only
-        # Without the limits the ops would have nothing to be held against.
-        chosen = [p for p in PARTS if p in only or (p == "limits" and "ops" in only)]
+        # Without the limits there would be nothing to hold the times against.
+        timed = "ops" in only or "decode" in only
+        chosen = [p for p in PARTS if p in only or (p == "limits" and timed)]
         with (
             self._log_path.open("w", encoding="utf-8") as self._log,
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches,
@@ -95,7 +97,8 @@ class Suite:
             part = self._record["parts"][name] = {"status": "running"}
             self._write()
             begin = time.time()
-            end = min(self._deadline, begin + _MOST[name] * self._options.budget_seconds)
+            share = 1.0 if name == chosen[-1] else _MOST[name]
+            end = min(self._deadline, begin + share * self._options.budget_seconds)
             try:
                 if begin >= self._deadline:
                     raise TimedOut("no time was left")
@@ -253,7 +256,7 @@ class Suite:
             result["status"] = "passed"
         return result
 
-    # limits and ops
+    # limits, decode and ops
 
     def _worker(self, job: dict[str, Any], before: list[str], variables: dict[str, str]) -> Process:
         options = self._options
@@ -279,16 +282,23 @@ class Suite:
             probes["error"] = str(error)
 
     def _ops(self, part: dict[str, Any], end: float, only: str) -> None:
+        self._cases("ops", part, end, only)
+
+    def _decode(self, part: dict[str, Any], end: float, only: str) -> None:
+        self._cases("decode", part, end, only)
+
+    def _cases(self, name: str, part: dict[str, Any], end: float, only: str) -> None:
+        """Cases one after the other, each in a process that outlives the case if it can."""
         part["cases"] = []
-        state = _OpsState(part["cases"])
+        state = _CasesState(part["cases"])
         while not state.finished and time.time() < end:
-            job = {"part": "ops", "only": only, "deadline": end, **state.job()}
+            job = {"part": name, "only": only, "deadline": end, **state.job()}
             try:
                 with self._worker(job, [], {}) as process:
                     for message in process.messages(end + _OVERRUN, _STARTING):
                         state.take(message)
                         if "case" in message:
-                            self._took(message["case"])
+                            self._took(name, message["case"])
                     break  # it ended by itself: done, or out of time
             except TimedOut:
                 break
@@ -297,17 +307,18 @@ class Suite:
                 if broken is None:
                     raise
                 if broken:
-                    self._took(broken)
+                    self._took(name, broken)
         part["counts"] = dict(Counter(case["status"] for case in part["cases"]))
         part["missing"] = state.missing()
         part["status"] = "incomplete" if part["missing"] else "measured"
 
-    def _took(self, case: dict[str, Any]) -> None:
+    def _took(self, name: str, case: dict[str, Any]) -> None:
         """Rates, failures and the file, after each case."""
         limits = self._record["parts"].get("limits", {}).get("limits")
-        report.add_rates(case, limits)
+        add_rates = report.add_rates if name == "ops" else decode_report.add_rates
+        add_rates(case, limits)
         if case["status"] == "failed":
-            self._record["failures"].append(f"ops: {case['case']}: {_reason(case)}")
+            self._record["failures"].append(f"{name}: {case['case']}: {_reason(case)}")
         self._write()
 
 
@@ -318,7 +329,7 @@ def _reason(case: dict[str, Any]) -> str:
     return next(r["wrong"] for r in (case["providers"]["ours"], *times) if "wrong" in r)
 
 
-class _OpsState:
+class _CasesState:
     """How far the cases are, across processes that may break."""
 
     def __init__(self, cases: list[dict[str, Any]]) -> None:

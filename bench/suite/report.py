@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from bench.suite import decode_report
 from bench.suite.work import AGAIN, OURS, Work
 
 # The end of a long output is what is sure to be seen, so the closing table has a length.
@@ -121,16 +122,26 @@ def summary(record: dict[str, Any]) -> str:
     if len(failures) > 10:
         failures[10:] = [f"and {len(failures) - 10} more failures, in the record"]
     closing = [*failures, f"{record['status']} after {record['seconds']:.0f} s"]
-    rows = op_rows(parts.get("ops", {}).get("cases", []))
-    if rows:
-        room = MOST_CHARACTERS - sum(len(line) + 1 for line in (*lines, _HEAD, *closing))
-        kept: list[str] = []
-        for row in rows:
-            room -= len(row) + 1
-            if room < 0:
-                break
-            kept.append(row)
-        lines += [_HEAD, *kept]
-        if len(kept) < len(rows):
-            lines.append(f"{len(rows) - len(kept)} more rows in the record")
+    room = MOST_CHARACTERS - sum(len(line) + 1 for line in (*lines, *closing))
+    for head, rows in (
+        (decode_report.HEAD, decode_report.rows(parts.get("decode", {}).get("cases", []))),
+        (_HEAD, op_rows(parts.get("ops", {}).get("cases", []))),
+    ):
+        table = _table(head, rows, room)
+        room -= sum(len(line) + 1 for line in table)
+        lines += table
     return "\n".join([*lines, *closing])
+
+
+def _table(head: str, rows: list[str], room: int) -> list[str]:
+    """The first rows, of which so many characters may be printed."""
+    if not rows:
+        return []
+    kept = [head]
+    for row in rows:
+        if sum(len(line) + 1 for line in (*kept, row)) > room:
+            break
+        kept.append(row)
+    if len(kept) <= len(rows):
+        kept.append(f"{len(rows) + 1 - len(kept)} more rows in the record")
+    return kept

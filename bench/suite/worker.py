@@ -3,9 +3,9 @@
     python -m bench.suite.worker '{"part": "ops", "table": "module:function", "dry_run": true, ...}'
 
 It reports on what was its standard output, a JSON object a line: ``{"phase": ..., "seconds": ...}``
-before anything that may take long, ``{"cases": [names]}`` and ``{"case": {...}}`` for the ops,
-``{"limits": {...}}``, ``{"probe": {name: {...}}}``, ``{"exercised": [names]}``. Whatever else is
-printed goes to standard error.
+before anything that may take long, ``{"cases": [names]}`` and ``{"case": {...}}`` for the ops and
+for decoding, ``{"limits": {...}}``, ``{"probe": {name: {...}}}``, ``{"exercised": [names]}``.
+Whatever else is printed goes to standard error.
 """
 
 import importlib
@@ -97,6 +97,30 @@ class _Worker:
             self.tell(case=record)
             torch.cuda.empty_cache()
 
+    def decode(self) -> None:
+        """The decode ladder's cases in turn, as `ops`."""
+        from bench.suite.decode import decode_cases, measure_decode
+
+        job = self._job
+        cases = decode_cases("tiny" if self._dry_run else "full")
+        cases = [case for case in cases if job["only"] in case.name]
+        self.tell(cases=[case.name for case in cases])
+        for case in cases:
+            if case.name in job["done"]:
+                continue
+            if time.time() >= job["deadline"]:
+                break
+            begin = time.time()
+            self.tell(begin=case.name)
+            without = job["without"].get(case.name, {})
+            try:
+                record = measure_decode(case, self._device, self.say, without, self._dry_run)
+            except torch.OutOfMemoryError as error:
+                record = {"case": case.name, "status": "not measured", "reason": str(error)[:300]}
+            record["seconds"] = time.time() - begin
+            self.tell(case=record)
+            torch.cuda.empty_cache()
+
     def exercise(self) -> None:
         """Every op once, forward and backward, for a memory checker to watch."""
         cases = load_table(self._job["table"])("tiny" if self._dry_run else "small")
@@ -135,6 +159,7 @@ def main() -> None:
     parts = {
         "limits": worker.limits,
         "probes": worker.probes,
+        "decode": worker.decode,
         "ops": worker.ops,
         "exercise": worker.exercise,
     }

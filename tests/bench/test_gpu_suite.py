@@ -40,7 +40,7 @@ def run(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
 
 def test_walks_through_every_part(tmp_path: Path) -> None:
     out = tmp_path / "record.json"
-    parts = ("parity", "sanitize:layer_norm", "limits", "ops")
+    parts = ("parity", "sanitize:layer_norm", "limits", "decode", "ops")
     status, record, output = run(out, "--only", *parts)
     assert status == 0, output
     assert record["status"] == "complete"
@@ -78,10 +78,31 @@ def test_walks_through_every_part(tmp_path: Path) -> None:
             assert times["ours"]["issue"]["p50"] <= times["ours"]["host"]["p80"]
             assert times["ours"]["share_of_limit"] > 0
             assert case["work"][direction]["bytes"] > 0
+    ladder = record["parts"]["decode"]
+    assert [case["status"] for case in ladder["cases"]] == ["measured"] * 2
+    first = ladder["cases"][0]
+    assert set(first["times"]) == {
+        "generate",
+        "graph",
+        "int4",
+        "int8",
+        "loop",
+        "persistent",
+        "transformers",
+        "transformers static",
+        "transformers tuned",
+    }
+    for name, times in first["times"].items():
+        assert times["token"]["p50"] > 0
+        assert ("token_ratio" in times) == (name != "graph")
+        assert first["providers"][name]["shortfall"] <= first["providers"][name]["allowed"] + 1e-5
+    assert first["times"]["int8"]["bytes"] < first["times"]["graph"]["bytes"]
+    assert first["times"]["graph"]["share_of_read"] > 0
     # This text is all that is sure to be seen of a run elsewhere.
     assert "DRY RUN" in output
     assert len(output) < 12_000
     assert "| layer_norm 5x64 float32 | full |" in output
+    assert "| decode tiny B1 after 1 |" in output
 
 
 def test_wrong_answers_are_not_timed_and_crashes_harm_nothing_else(tmp_path: Path) -> None:

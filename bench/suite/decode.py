@@ -1,0 +1,323 @@
+"""The decode ladder: a whole ``generate`` against transformers and a hand-written loop.
+
+A case is a model, a batch and a context: prompts of so many random tokens, continued greedily by up
+to 64. Parity first: every contender's tokens are held against the float32 model (with the rounded
+weights, where they were rounded), which reads each row and must find every token as good as its
+best one, but for what plain PyTorch errs in bfloat16 on the same rows. Then all that passed run in
+turn. The time of a token is that of n tokens, less that of the first, over n - 1.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.suite import decode_peers
+from bench.suite.decode_peers import Generate
+from bench.suite.measure import paired_ratios, quantiles
+from gpt2fast import kernels
+from gpt2fast.engine.triton_runner import TritonRunner
+from gpt2fast.engine.weights import pack
+from gpt2fast.kernels.decode_state import RUNNING
+from gpt2fast.kernels.packing import DecodeWeights, Matrix, dequantize
+from tests.tolerances import BUDGET
+
+NEW_TOKENS = 64
+ROUNDS = 7  # at most; as many as fit into the time of a case, and two at least
+SECONDS = 12.0  # for the rounds of a case
+_SILENCE, _SILENCE_COMPILING = 60.0, 240.0
+_JUDGED_ROWS = 4  # of a batch, that are held against the float32 model
+
+OURS, PERSISTENT, INT8, INT4 = "graph", "persistent", "int8", "int4"
+GENERATE = "generate"
+EAGER, TUNED, STATIC, LOOP = "transformers", "transformers tuned", "transformers static", "loop"
+# By what they cost: seconds to compile set apart those that only some cases get.
+ENGINES = (OURS, PERSISTENT, INT8, INT4, GENERATE)
+ALL = (*ENGINES, LOOP, EAGER, TUNED, STATIC)
+QUICK = (*ENGINES, LOOP, EAGER)
+_COMPILING = (LOOP, STATIC)
+
+Say = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One model, batch and context, and who takes part.
+
+    Attributes:
+        sizes: fields of the configuration; empty for the preset of that name.
+    """
+
+    model: str
+    batch: int
+    context: int
+    contenders: tuple[str, ...]
+    sizes: tuple[tuple[str, int], ...] = ()
+    new_tokens: int = NEW_TOKENS
+
+    @property
+    def name(self) -> str:
+        return f"decode {self.model} B{self.batch} after {self.context}"
+
+    op = "decode"  # as the cases of the ops have it
+
+
+_TINY = (
+    ("n_layer", 1), ("n_embd", 32), ("n_head", 2), ("vocab_size", 97), ("n_positions", 48),
+)  # fmt: skip
+
+
+def decode_cases(scale: str) -> list[DecodeCase]:
+    """The cases, those first that matter most.
+
+    Args:
+        scale: "full" (a GPU) or "tiny" (the interpreter).
+    """
+    if scale == "tiny":
+        return [
+            DecodeCase("tiny", 1, 1, ALL, _TINY, 2),
+            DecodeCase("tiny", 2, 2, (OURS, LOOP), _TINY, 2),
+        ]
+    sizes = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    first = [DecodeCase("gpt2", 1, 512, ALL)]
+    first += [DecodeCase(name, 1, 512, QUICK) for name in sizes[1:]]
+    first += [DecodeCase("gpt2", 32, 512, ALL)]
+    first += [DecodeCase("gpt2", 1, context, QUICK) for context in (32, 1000)]
+    first += [DecodeCase("gpt2", batch, 512, QUICK) for batch in (8, 128)]
+    first += [DecodeCase(name, 32, 512, QUICK) for name in sizes[1:]]
+    grid = [
+        DecodeCase(name, batch, context, (OURS, PERSISTENT, INT8, LOOP))
+        for context in (512, 32, 1000)
+        for batch in (1, 8, 32, 128)
+        for name in sizes
+    ]
+    names = {case.name for case in first}
+    return [*first, *(case for case in grid if case.name not in names)]
+
+
+def engine_generate(runner: TritonRunner) -> Generate:
+    """Greedy decoding on a runner whose slots are all free, without the scheduler above it."""
+
+    def generate(ids: Tensor, new_tokens: int) -> Tensor:
+        batch, length = ids.shape
+        state, slots = runner.state, range(batch)
+        state.tokens[:batch, :length] = ids
+        state.limits.fill_(length + new_tokens)
+        state.status[:batch] = RUNNING
+        for slot in slots:
+            runner.prefill(slot, 0, length)
+        runner.advance(slots, new_tokens - 1, plain=True, context=length)
+        return state.tokens[:batch, length : length + new_tokens].clone()
+
+    return generate
+
+
+def rounded_model(model: Any, bits: int | None) -> Any:
+    """A float32 copy of a model, with the values that its packed weights stand for."""
+    exact = copy.deepcopy(model).float()
+    if bits is None:
+        return exact
+    packed = pack(model, bits)
+    with torch.no_grad():
+        for i, block in enumerate(exact.transformer.h):
+            for matrix, layer in (
+                (packed.qkv, block.attn.c_attn),
+                (packed.out, block.attn.c_proj),
+                (packed.fc, block.mlp.c_fc),
+                (packed.proj, block.mlp.c_proj),
+            ):
+                layer.weight.copy_(_layer(matrix, i).t())
+        # The head alone is rounded, and not the embedding that it is tied to.
+        exact.lm_head.weight = torch.nn.Parameter(_layer(packed.head, 0))
+    return exact
+
+
+def _layer(matrix: Matrix, i: int) -> Tensor:
+    return dequantize(
+        matrix.data[i], None if matrix.scale is None else matrix.scale[i], matrix.bits
+    )
+
+
+@torch.no_grad()
+def shortfalls(exact: Any, plain: Any, ids: Tensor, chosen: Tensor) -> tuple[float, float]:
+    """How far a choice lies below the best by the exact logits, at most, and how much may be.
+
+    Args:
+        exact, plain: the model in float32 and in the dtype of the contenders.
+        ids, chosen: prompts ``[B, T]`` and what was generated behind them, ``[B, n]``.
+    """
+    rows = torch.cat((ids, chosen), 1)[:, :-1]
+    keep = chosen.shape[1]
+    with kernels.backend("torch"):
+        oracle = exact(rows, logits_to_keep=keep).logits.float()
+        other = plain(rows, logits_to_keep=keep).logits.float()
+    short = oracle.amax(-1) - oracle.gather(-1, chosen[..., None]).squeeze(-1)
+    # The best and the chosen logit may both be off by the budget.
+    return float(short.max()), 2 * BUDGET * float((other - oracle).abs().max())
+
+
+def step_bytes(weights: DecodeWeights, batch: int, context: float) -> int:
+    """What a step reads: every matrix once, and every row's keys and values."""
+    matrices = (weights.qkv, weights.out, weights.fc, weights.proj, weights.head)
+    read = sum(m.data.nbytes + (0 if m.scale is None else m.scale.nbytes) for m in matrices)
+    layers, width = weights.qkv.data.shape[0], weights.wte.shape[1]
+    return int(read + 2 * batch * context * layers * width * weights.wte.element_size())
+
+
+class _Contest:
+    """The contenders of one case."""
+
+    def __init__(
+        self, case: DecodeCase, device: torch.device, say: Say, without: dict[str, str], dry: bool
+    ) -> None:
+        self._case, self._say, self._dry = case, say, dry
+        dtype = torch.float32 if dry else torch.bfloat16
+        self.model = decode_peers.random_model(case.model, dict(case.sizes), dtype, device)
+        vocab = self.model.config.vocab_size
+        self.ids = torch.randint(vocab, (case.batch, case.context), device=device)
+        self.new = min(case.new_tokens, self.model.config.n_positions - case.context)
+        self.reports: dict[str, dict[str, Any]] = {name: {} for name in case.contenders}
+        self.bytes: dict[str, int] = {}
+        self.ready: dict[str, Generate] = {}
+        self._exact: dict[int | None, Any] = {}
+        self._runners: list[TritonRunner] = []
+        for name in case.contenders:
+            if name in without:
+                kind = "wrong" if name in ENGINES else "not measured"
+                self.reports[name][kind] = without[name]
+            else:
+                self._prepare(name)
+
+    def _prepare(self, name: str) -> None:
+        patience = _SILENCE_COMPILING if name in _COMPILING else _SILENCE
+        self._say(f"provider {name}", patience)
+        report = self.reports[name]
+        begin = time.perf_counter()
+        try:
+            generate = self._built(name)
+            chosen = generate(self.ids, self.new)
+            report["ready_s"] = time.perf_counter() - begin
+            report |= self._judged(name, chosen)
+        except Exception as error:
+            kind = "wrong" if name in ENGINES else "not measured"
+            lines = str(error).strip().splitlines() or ["?"]
+            report[kind] = f"{type(error).__name__}: {lines[0]}"[:300]
+            return
+        if "wrong" not in report:
+            self.ready[name] = generate
+
+    def _built(self, name: str) -> Generate:
+        model, case = self.model, self._case
+        if name == GENERATE:
+            return decode_peers.our_generate(model)
+        if name == LOOP:
+            context = case.context + self.new
+            return decode_peers.CompiledLoop(model, case.batch, context, self._dry).generate
+        if name in (EAGER, TUNED, STATIC):
+            activation = "gelu_pytorch_tanh" if name == TUNED else "gelu_new"
+            theirs = decode_peers.transformers_model(model, activation)
+            return decode_peers.transformers_generate(theirs, static=name == STATIC)
+        bits = _BITS.get(name)
+        driver = "persistent" if name == PERSISTENT else "graph" if name == OURS else "auto"
+        runner = TritonRunner(model, case.batch, case.context + self.new, bits=bits, driver=driver)
+        self._runners.append(runner)
+        context = case.context + self.new / 2
+        self.bytes[name] = step_bytes(runner.weights, case.batch, context)
+        return engine_generate(runner)
+
+    def _judged(self, name: str, chosen: Tensor) -> dict[str, Any]:
+        if chosen.shape != (self._case.batch, self.new):
+            return {"wrong": f"expected {self.new} tokens a row; got {list(chosen.shape)}"}
+        bits = _BITS.get(name)
+        if bits not in self._exact:
+            self._exact[bits] = rounded_model(self.model, bits)
+        batch = self._case.batch
+        rows = sorted({round(i * (batch - 1) / (_JUDGED_ROWS - 1)) for i in range(_JUDGED_ROWS)})
+        short, allowed = shortfalls(
+            self._exact[bits], self.model, self.ids[rows], chosen[rows].long()
+        )
+        report: dict[str, Any] = {"shortfall": short, "allowed": allowed}
+        if not short <= allowed + 1e-5:
+            report["wrong"] = f"a token's logit is {short:.2e} below the best; {allowed:.2e} may be"
+        return report
+
+    def times(self) -> dict[str, dict[str, list[float]]]:
+        """Seconds by contender: of "all" tokens, of the "first", and of a "token" between."""
+        samples = {name: {"all": [], "first": [], "token": []} for name in self.ready}
+        begin = time.perf_counter()
+        for done in range(ROUNDS):
+            spent = time.perf_counter() - begin
+            if done >= (1 if self._dry else 2) and spent * (done + 1) / done > SECONDS:
+                break
+            for name, generate in self.ready.items():
+                self._say(f"timing {name}", _SILENCE)
+                first = _seconds(partial(generate, self.ids, 1))
+                whole = _seconds(partial(generate, self.ids, self.new))
+                samples[name]["all"].append(whole)
+                samples[name]["first"].append(first)
+                samples[name]["token"].append(max(whole - first, 1e-9) / (self.new - 1))
+            if self._dry:
+                break
+        return samples
+
+    def close(self) -> None:
+        for runner in self._runners:
+            runner.close()
+
+
+_BITS: dict[str, int | None] = {INT8: 8, INT4: 4}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_decode(
+    case: DecodeCase, device: torch.device, say: Say, without: dict[str, str], dry_run: bool
+) -> dict[str, Any]:
+    """The record of one case.
+
+    Args:
+        say: told what comes next, and how long at most until it is told again.
+        without: contenders that broke an earlier attempt, with the reason.
+        dry_run: compile nothing, time once.
+    """
+    say("model", _SILENCE)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    contest = _Contest(case, device, say, without, dry_run)
+    try:
+        samples = contest.times()
+    finally:
+        contest.close()
+    times: dict[str, Any] = {}
+    for name, kinds in samples.items():
+        times[name] = {kind: quantiles(values) for kind, values in kinds.items()}
+        if name != OURS and OURS in samples:
+            for kind in ("all", "token"):
+                ratio = paired_ratios(samples[OURS][kind], kinds[kind])
+                times[name][f"{kind}_ratio"] = ratio
+        if name in contest.bytes:
+            times[name]["bytes"] = contest.bytes[name]
+    wrong = [name for name in ENGINES if "wrong" in contest.reports.get(name, {})]
+    return {
+        "case": case.name,
+        "op": case.op,
+        "model": case.model,
+        "batch": case.batch,
+        "context": case.context,
+        "new_tokens": contest.new,
+        "status": "failed" if wrong else "measured",
+        **({"reason": f"{wrong[0]}: {contest.reports[wrong[0]]['wrong']}"} if wrong else {}),
+        "providers": contest.reports,
+        "times": times,
+    }
