@@ -6,7 +6,10 @@ of the tables in ``configs.py`` on every chip that may select it.
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -234,3 +237,87 @@ for _backward, _name in ((False, "forward"), (True, "backward")):
         CASES[f"attention {_name} {_label}"] = partial(_attention, _backward, **_options)
 CASES["attention chunk 64"] = lambda: _attention_chunk(64)
 CASES["attention chunk 128"] = lambda: _attention_chunk(64, 128)
+
+
+def _engine(
+    rows: int,
+    splits: int,
+    launch: Callable[..., None],
+    head_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    cache_dtype: torch.dtype | None = None,
+) -> None:
+    """Phases of a decoding step of gpt2, on buffers for so many rows: what ``launch`` launches.
+
+    It gets weights of which only what attention reads is there, state, cache and buffers.
+    """
+    from gpt2fast.kernels._triton import configs
+    from gpt2fast.kernels.decode_state import DecodeState
+    from gpt2fast.kernels.decode_step import StepBuffers
+
+    heads, vocab_size, capacity = 768 // head_size, 50257, 1024
+    f32, i32, i64 = torch.float32, torch.int32, torch.int64
+    row, wide = empty(rows, 768, dtype=dtype), empty(rows, vocab_size, dtype=f32)
+    best = empty(rows, 264, dtype=f32)
+    used: dict[str, Any] = {
+        "splits": splits,
+        "slots": empty(rows, dtype=i32),
+        "offsets": empty(rows, dtype=i32),
+        "query": row,
+        "merged": row,
+        "partial": empty(rows, heads, splits, head_size, dtype=f32),
+        "sums": empty(rows, heads, splits, dtype=f32),
+        "logits": wide,
+        "scores": wide,
+        "best_value": best,
+        "best_index": best.int(),
+        "best_sum": best,
+        "chosen": empty(rows, dtype=i64),
+        "chosen_log_probs": empty(rows, dtype=f32),
+        "candidates": empty(rows, configs.ENGINE_SELECT.candidates, dtype=i64),
+    }
+    unused = {f.name: empty(0) for f in fields(StepBuffers) if f.name not in used}
+    buffers = StepBuffers(**used, **unused)
+    state = DecodeState.empty(rows, capacity, vocab_size, torch.device("meta"))
+    cache = empty(12, 2, rows, heads, capacity, head_size, dtype=cache_dtype or dtype)
+    weights = SimpleNamespace(scales=empty(12, dtype=f32), heads=heads)
+    launch(weights, state, cache, buffers)
+
+
+def _engine_attention(*args: Any, **options: Any) -> None:
+    from gpt2fast.kernels._triton.engine import attention
+    from gpt2fast.kernels._triton.target import current_target
+
+    def launch(weights: Any, state: Any, cache: Tensor, buffers: Any) -> None:
+        if cache.dtype == torch.float8_e4m3fn and current_target(cache.device).capability < (8, 9):
+            return
+        attention.launch_attend(weights, state, cache, buffers, 3)
+        if buffers.splits > 1:
+            attention.launch_combine(weights, buffers)
+
+    _engine(*args, launch=launch, **options)
+
+
+def _engine_sampling(rows: int, drafts: int, greedy: bool) -> None:
+    from gpt2fast.kernels._triton.engine import sampling
+
+    def launch(_: Any, state: Any, cache: Tensor, buffers: Any) -> None:
+        if drafts:
+            sampling.launch_propose(state, buffers, drafts, 2)
+        sampling.launch_select(state, buffers, drafts, greedy)
+
+    _engine(rows, 1, launch=launch)
+
+
+CASES |= {
+    "engine attention 1 row, split": lambda: _engine_attention(1, 8),
+    "engine attention 64 rows, direct": lambda: _engine_attention(64, 1, dtype=torch.float16),
+    "engine attention head size 128": lambda: _engine_attention(8, 4, head_size=128),
+    "engine attention float32": lambda: _engine_attention(4, 8, dtype=torch.float32),
+    "engine attention float8 cache": lambda: _engine_attention(
+        64, 2, cache_dtype=torch.float8_e4m3fn
+    ),
+    "engine sampling greedy": lambda: _engine_sampling(1, 0, True),
+    "engine sampling greedy, 3 drafts": lambda: _engine_sampling(8, 3, True),
+    "engine sampling": lambda: _engine_sampling(1, 0, False),
+}

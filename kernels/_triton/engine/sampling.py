@@ -30,6 +30,7 @@ from gpt2fast.kernels.decode_step import StepBuffers
 
 _RUNNING, _MAX_EOS = tl.constexpr(RUNNING), tl.constexpr(MAX_EOS)
 _EOS, _LIMIT, _BROKEN = tl.constexpr(EOS), tl.constexpr(LIMIT), tl.constexpr(BROKEN)
+_ENDS = tl.constexpr(1 << 24)  # more than a capacity has; above it, matched tokens are counted
 _LARGEST_RATE = tl.constexpr(3.0e38)
 
 
@@ -213,8 +214,8 @@ def propose(
         if _runs(slot, status_ptr):
             sequence = tokens_ptr + slot * (capacity + 1)
             count = tl.load(lengths_ptr + slot) + 1
-            # (matched tokens, where the match ends), the largest of them
-            best = (count - 1).to(tl.int64)
+            # The largest of (matched tokens, where the match ends).
+            best = count - 1
             for start in range(0, count, BLOCK):
                 end = start + tl.arange(0, BLOCK)
                 matches = (end > 0) & (end < count)
@@ -224,9 +225,9 @@ def propose(
                     matches = matches & (
                         tl.load(sequence + end - size, mask=matches, other=-1) == last
                     )
-                    found = tl.where(matches, end.to(tl.int64) + (size << 32), 0)
+                    found = tl.where(matches, end + size * _ENDS, 0)
                     best = tl.maximum(best, tl.max(found, 0))
-            start = (best & LARGEST_INDEX).to(tl.int32)
+            start = best % _ENDS
             for draft in tl.static_range(DRAFTS):
                 if count + draft <= capacity:
                     token = tl.load(sequence + start + draft % (count - start))
