@@ -42,6 +42,13 @@ class _Kept:
         self.mark: Hashable = None
         self.refused: tuple[Hashable, int, int] | None = None
 
+    def refuses(self, mark: Hashable, slots: int, capacity: int) -> bool:
+        """Whether there was no memory for as much, or less."""
+        if self.refused is None:
+            return False
+        refused_mark, least_slots, least_capacity = self.refused
+        return refused_mark == mark and slots >= least_slots and capacity >= least_capacity
+
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 _TABLE = threading.Lock()
@@ -65,12 +72,12 @@ def why_not_kept(model: "LanguageModel") -> str | None:
     device = model.device
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
-    reason = why_not_on(device) or why_not(model)
-    if reason is None and device.type == "cuda":
-        from gpt2fast.engine.triton_runner import unsupported
+    reason = why_not_on(device)
+    if reason is not None or device.type != "cuda":
+        return reason or why_not(model)
+    from gpt2fast.engine.triton_runner import unsupported
 
-        return unsupported(model)
-    return reason
+    return unsupported(model)
 
 
 def engine_for(model: "LanguageModel", rows: int, positions: int) -> Engine | None:
@@ -102,10 +109,13 @@ def engine_for(model: "LanguageModel", rows: int, positions: int) -> Engine | No
                 _LEAST_CAPACITY, _power_of_two(positions), 0 if engine is None else engine.capacity
             ),
         )
+        slots = min(slots, most)
+        if kept.refuses(mark, slots, capacity):
+            return None
         if engine is not None:
             engine.close()
-        engine = kept.engine = None
-        kept.engine, kept.mark = _build(model, kept, mark, min(slots, most), capacity), mark
+        engine = kept.engine = None  # its memory is free before the new one takes some
+        kept.engine, kept.mark = _build(model, kept, mark, slots, capacity), mark
         return kept.engine
 
 
@@ -126,10 +136,6 @@ def release(model: nn.Module) -> None:
 def _build(
     model: "LanguageModel", kept: _Kept, mark: Hashable, slots: int, capacity: int
 ) -> Engine | None:
-    if kept.refused is not None:
-        refused_mark, refused_slots, refused_capacity = kept.refused
-        if refused_mark == mark and slots >= refused_slots and capacity >= refused_capacity:
-            return None
     try:
         return Engine(model, slots, capacity, prefill_tokens=None)
     except (MemoryError, RuntimeError) as error:

@@ -62,7 +62,11 @@ def test_no_memory_for_an_engine(
         assert built == [32]
         assert model.generate(IDS, **PLAIN).equal(expected)
         assert built == [32, 4]
-        assert engine_of(model).slots == 4
+        small = engine_of(model)
+        assert small.slots == 4
+        assert model.generate(IDS * 20, **PLAIN).equal(many)
+        assert engine_of(model) is small
+        assert not small.closed
 
 
 def test_other_errors_while_building_are_told(
