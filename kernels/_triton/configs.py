@@ -466,8 +466,8 @@ PERSISTENT_WARPS = 8
 # needed before is displaced.
 PERSISTENT_AHEAD = 64 << 10
 # Registers a thread for weights, sums and inputs; the rest of 255 holds addresses.
-_PERSISTENT_REGISTERS = 144
-PERSISTENT_SELECT_BLOCK = 2048  # logits at a time; `ENGINE_SELECT`'s would not fit beside the rest
+_PERSISTENT_REGISTERS = 140
+PERSISTENT_SELECT_BLOCK = 1024  # logits at a time; `ENGINE_SELECT`'s would not fit beside the rest
 
 
 def persistent_tile(
@@ -475,7 +475,8 @@ def persistent_tile(
 ) -> DecodeRowsTile:
     """All that a program multiplies in a phase at once, or in as few parts as registers allow.
 
-    Weights take twice the registers of what is multiplied, for those that are under way. Predicted.
+    Weights take twice the registers of what is multiplied, for those that are under way; inputs
+    half as many again, for LayerNorm's weights. Predicted.
     """
     lanes = 512 if bits == 4 else 4096 // bits
     chunks = -(-inputs // lanes)
@@ -486,7 +487,7 @@ def persistent_tile(
     for repeat in range(1, min(a_warp, 8) + 1):
         for sweeps in range(1, chunks + 1):
             unroll = -(-chunks // sweeps)
-            held = 2 * 4 * repeat * unroll + tile * (repeat * rows + inputs_held)
+            held = 2 * 4 * repeat * unroll + tile * (repeat * rows + inputs_held * 3 // 2)
             if held <= _PERSISTENT_REGISTERS or (repeat == 1 and unroll <= 2):
                 parts = -(-a_warp // repeat) * -(-chunks // unroll)
                 best = min(best, (parts, repeat, unroll))
@@ -495,7 +496,7 @@ def persistent_tile(
 
 @dataclass(frozen=True)
 class DecodeTile:
-    """Of ``engine/tiles.py``: outputs, inputs a step, warps, stages. All rows are in one tile."""
+    """Of ``engine/tiles.py``: outputs, inputs a step, warps, stages."""
 
     block_n: int
     block_k: int
@@ -504,7 +505,7 @@ class DecodeTile:
 
 
 def decode_tile(rows: int, bits: int, element_size: int) -> DecodeTile:
-    """For 8 to 256 rows; bits of a weight, bytes of an activation. All predicted.
+    """For 8 rows or more; bits of a weight, bytes of an activation. All predicted.
 
     Up to 64 rows the weights' bytes set the time: 32 outputs give 72 and 96 programs at width 768,
     each with 32 KB of weights on their way, and enough independent sums for four warps not to wait
@@ -520,7 +521,12 @@ def decode_tile(rows: int, bits: int, element_size: int) -> DecodeTile:
         return DecodeTile(32, 128, warps=4, stages=5 if rows <= 32 else 4)
     if bits == 4:
         return DecodeTile(64, 128, warps=8, stages=2)
-    return DecodeTile(64, 64, warps=8, stages=4 if rows <= 128 else 3)
+    return DecodeTile(64, 64, warps=8, stages=4)
+
+
+# Rows of a tile, at most: 256 by 64 outputs spill where maxima are chosen. The second tile finds
+# the weights in L2, where the first one has just brought them. Predicted.
+DECODE_TILE_ROWS = 128
 
 
 def decode_parts(outputs: int, inputs: int, rows: int, tile: DecodeTile, target: Target) -> int:

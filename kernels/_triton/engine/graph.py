@@ -143,7 +143,7 @@ def shares(weights: DecodeWeights, rows: int) -> tuple[int, int]:
         return 1, _rows_launch(weights.head, rows)[0]
     element_size = weights.wte.element_size()
     parts = (graph_tiles.parts_of(m, rows, element_size) for m in (weights.out, weights.proj))
-    return max(parts), graph_tiles.head_programs(weights.head, rows, element_size)
+    return max(parts), graph_tiles.head_shares(weights.head, rows, element_size)
 
 
 def launch_embed(

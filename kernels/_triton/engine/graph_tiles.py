@@ -111,12 +111,18 @@ def _tile(
         "ROWS": rows,
         "BITS": matrix.bits,
         "BLOCK_N": tile.block_n,
-        "BLOCK_M": max(16, rows),
+        "BLOCK_M": min(max(16, rows), configs.DECODE_TILE_ROWS),
         "BLOCK_K": tile.block_k,
         "STAGES": tile.stages,
         "num_warps": tile.warps,
     }
     return tile, constants
+
+
+def _tiles(outputs: int, constants: dict[str, int]) -> int:
+    """How many tiles a product has."""
+    rows = triton.cdiv(constants["ROWS"], constants["BLOCK_M"])
+    return rows * triton.cdiv(outputs, constants["BLOCK_N"])
 
 
 def parts_of(matrix: Matrix, rows: int, element_size: int) -> int:
@@ -126,11 +132,11 @@ def parts_of(matrix: Matrix, rows: int, element_size: int) -> int:
     return configs.decode_parts(matrix.outputs, matrix.inputs, rows, tile, target)
 
 
-def head_programs(head: Matrix, rows: int, element_size: int) -> int:
+def head_shares(head: Matrix, rows: int, element_size: int) -> int:
     """How many programs share a row's logits."""
-    tile, _ = _tile(head, rows, element_size)
-    target = current_target(head.data.device)
-    most = configs.DECODE_HEAD_PROGRAMS * target.multiprocessors
+    tile, constants = _tile(head, rows, element_size)
+    most = configs.DECODE_HEAD_PROGRAMS * current_target(head.data.device).multiprocessors
+    most = max(1, most * constants["BLOCK_M"] // max(16, rows))
     return min(most, triton.cdiv(head.outputs, tile.block_n))
 
 
@@ -156,8 +162,8 @@ def launch_qkv_tiles(
 ) -> None:  # fmt: skip
     """``normed`` to ``query`` and the cache."""
     matrix = weights.qkv
-    tile, constants = _tile(matrix, buffers.rows, buffers.normed.element_size())
-    _qkv_tiles_kernel[(triton.cdiv(matrix.outputs, tile.block_n),)](
+    _, constants = _tile(matrix, buffers.rows, buffers.normed.element_size())
+    _qkv_tiles_kernel[(_tiles(matrix.outputs, constants),)](
         layer, buffers.normed, matrix.data, matrix.scale, matrix.bias, buffers.query, cache,
         buffers.slots, buffers.offsets, state.lengths, cache.shape[2], cache.shape[4],
         C=matrix.inputs, HEADS=weights.heads, PDL=pdl, launch_pdl=pdl, **constants,
@@ -167,8 +173,8 @@ def launch_qkv_tiles(
 def launch_fc_tiles(weights: DecodeWeights, buffers: StepBuffers, layer: int, pdl: bool) -> None:
     """``normed`` to ``inner``."""
     matrix = weights.fc
-    tile, constants = _tile(matrix, buffers.rows, buffers.normed.element_size())
-    _fc_tiles_kernel[(triton.cdiv(matrix.outputs, tile.block_n),)](
+    _, constants = _tile(matrix, buffers.rows, buffers.normed.element_size())
+    _fc_tiles_kernel[(_tiles(matrix.outputs, constants),)](
         layer, buffers.normed, matrix.data, matrix.scale, matrix.bias, buffers.inner,
         C=matrix.inputs, N=matrix.outputs, PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
@@ -178,9 +184,9 @@ def launch_parts(
     matrix: Matrix, inputs: Tensor, buffers: StepBuffers, layer: int, pdl: bool
 ) -> None:
     """``inputs`` ``[M, K]`` to ``parts``."""
-    tile, constants = _tile(matrix, buffers.rows, inputs.element_size())
+    _, constants = _tile(matrix, buffers.rows, inputs.element_size())
     parts = parts_of(matrix, buffers.rows, inputs.element_size())
-    _part_tiles_kernel[(parts * triton.cdiv(matrix.outputs, tile.block_n),)](
+    _part_tiles_kernel[(parts * _tiles(matrix.outputs, constants),)](
         layer, inputs, matrix.data, matrix.scale, buffers.parts,
         N=matrix.outputs, K=matrix.inputs, PARTS=parts, PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
@@ -192,7 +198,8 @@ def launch_head_tiles(
     """``normed`` to ``logits`` or ``best_*``."""
     matrix, element_size = weights.head, buffers.normed.element_size()
     _, constants = _tile(matrix, buffers.rows, element_size)
-    _head_tiles_kernel[(head_programs(matrix, buffers.rows, element_size),)](
+    shares = buffers.best_value.shape[1]
+    _head_tiles_kernel[(shares * triton.cdiv(buffers.rows, constants["BLOCK_M"]),)](
         buffers.normed, matrix.data, matrix.scale, buffers.logits,
         buffers.best_value, buffers.best_index, buffers.best_sum,
         C=matrix.inputs, N=matrix.outputs, GREEDY=greedy, PDL=pdl, launch_pdl=pdl, **constants,

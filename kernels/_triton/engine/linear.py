@@ -77,6 +77,7 @@ def load_sweep(
         and K.
     """
     PACK: tl.constexpr = 2 if BITS == 4 else 1
+    GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
     tiles = ()
     for repeat in tl.static_range(REPEAT):
         offs_n = start + repeat * WARPS + tl.arange(0, WARPS)
@@ -91,7 +92,6 @@ def load_sweep(
                 tiles += (tl.load(pointers, mask=mask, other=0),)
                 if BITS == 4:
                     group = (chunk * LANES + tl.arange(0, LANES // 16) * 16)[None, :] // _GROUP
-                    GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
                     pointers = scale_ptr + offs_n[:, None] * GROUPS + group
                     scale = tl.load(pointers, mask=mask_n & (group < GROUPS), other=0.0)
                     tiles += (scale,)

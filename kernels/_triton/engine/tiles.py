@@ -1,8 +1,9 @@
 """A decoding step's phases for 8 to 256 rows: matrix products in tiles, on the tensor cores.
 
-A tile is ``[BLOCK_N, BLOCK_M]``, outputs by rows: BLOCK_M holds all rows (padded to 16), so that
-every weight is read once, and the weights are the operand that may come from registers, where low
-bits are expanded. Sums are float32. What differs from the phases for a few rows (`phases.py`):
+A tile is ``[BLOCK_N, BLOCK_M]``, outputs by rows: BLOCK_M is all rows (padded to 16) up to 128, so
+that every weight is read once from memory, and the weights are the operand that may come from
+registers, where low bits are expanded. Sums are float32. What differs from the phases for a few
+rows (`phases.py`):
 
 - LayerNorm is a phase of its own, `normalize`: all tiles of a product need all rows.
 - The two products that are added to the residual stream have few outputs. Their inputs are divided
@@ -63,18 +64,19 @@ def normalize(
 
 @triton.jit
 def multiply_tile(
-    weight_ptr, scale_ptr, y_ptr, start_n, low, high,
+    weight_ptr, scale_ptr, y_ptr, start_n, start_m, low, high,
     N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """W y^T ``[BLOCK_N, BLOCK_M]`` of outputs from start_n on, summed over inputs low .. high.
+    """W y^T ``[BLOCK_N, BLOCK_M]`` at (start_n, start_m), summed over inputs low .. high.
 
     W ``[N, K]`` as packed, y ``[ROWS, K]``. low is a multiple of BLOCK_K, and so is high unless it
     is K or more. int4: BLOCK_K is a group of 128. Outputs past N and rows past ROWS are 0.
     """
     PACK: tl.constexpr = 2 if BITS == 4 else 1
+    GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    offs_m = tl.arange(0, BLOCK_M)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     offs_w = tl.arange(0, BLOCK_K // PACK)
     mask_n = (offs_n < N)[:, None]
@@ -88,7 +90,6 @@ def multiply_tile(
         w = tl.load(weight_ptrs + k // PACK, mask=mask_w, other=0)
         y = tl.load(y_ptrs + k, mask=(k + offs_k < K)[:, None] & mask_m, other=0.0)
         if BITS == 4:
-            GROUPS: tl.constexpr = (K + _GROUP - 1) // _GROUP
             scale_ptrs = scale_ptr + offs_n * GROUPS + k // _GROUP
             scale = tl.load(scale_ptrs, mask=offs_n < N, other=0.0)
             part = tl.dot(int4_to_float32(w).to(dtype), y, input_precision="ieee")
@@ -114,17 +115,18 @@ def qkv_tiles(
     N: tl.constexpr = 3 * C
     weight_ptr, scale_ptr = of_layer(weight_ptr, scale_ptr, layer, N, C, BITS)
     bias_ptr += layer * N
-    row = tl.arange(0, BLOCK_M)[None, :]
-    slot, position = position_of(slots_ptr, offsets_ptr, lengths_ptr, tl.minimum(row, ROWS - 1))
-    for tile in range(program, (N + BLOCK_N - 1) // BLOCK_N, programs):
-        start = tile * BLOCK_N
+    TILES_M: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    for tile in range(program, (N + BLOCK_N - 1) // BLOCK_N * TILES_M, programs):
+        start, start_m = tile // TILES_M * BLOCK_N, tile % TILES_M * BLOCK_M
         value = multiply_tile(
-            weight_ptr, scale_ptr, y_ptr, start, 0, C,
+            weight_ptr, scale_ptr, y_ptr, start, start_m, 0, C,
             N, C, ROWS, BITS, BLOCK_N, BLOCK_M, BLOCK_K, STAGES,
         )  # fmt: skip
         offs_n = (start + tl.arange(0, BLOCK_N))[:, None]
         mask_n = offs_n < N
         value += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        row = (start_m + tl.arange(0, BLOCK_M))[None, :]
+        slot, position = position_of(slots_ptr, offsets_ptr, lengths_ptr, tl.minimum(row, ROWS - 1))
         store_qkv(
             value, offs_n, mask_n & (row < ROWS), row, slot, position,
             layer, query_ptr, cache_ptr, slots, capacity, C, HEADS,
@@ -140,16 +142,17 @@ def fc_tiles(
     """inner ``[M, N]`` = gelu(y W + b)."""
     weight_ptr, scale_ptr = of_layer(weight_ptr, scale_ptr, layer, N, C, BITS)
     bias_ptr += layer * N
-    row = tl.arange(0, BLOCK_M)[None, :]
-    for tile in range(program, (N + BLOCK_N - 1) // BLOCK_N, programs):
-        start = tile * BLOCK_N
+    TILES_M: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    for tile in range(program, (N + BLOCK_N - 1) // BLOCK_N * TILES_M, programs):
+        start, start_m = tile // TILES_M * BLOCK_N, tile % TILES_M * BLOCK_M
         value = multiply_tile(
-            weight_ptr, scale_ptr, y_ptr, start, 0, C,
+            weight_ptr, scale_ptr, y_ptr, start, start_m, 0, C,
             N, C, ROWS, BITS, BLOCK_N, BLOCK_M, BLOCK_K, STAGES,
         )  # fmt: skip
         offs_n = (start + tl.arange(0, BLOCK_N))[:, None]
         mask_n = offs_n < N
         value = gelu(value + tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32))
+        row = (start_m + tl.arange(0, BLOCK_M))[None, :]
         inner_ptrs = inner_ptr + row * N + offs_n
         tl.store(inner_ptrs, value.to(inner_ptr.dtype.element_ty), mask=mask_n & (row < ROWS))
 
@@ -165,15 +168,17 @@ def part_tiles(
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     SHARE: tl.constexpr = (BLOCKS + PARTS - 1) // PARTS * BLOCK_K
     weight_ptr, scale_ptr = of_layer(weight_ptr, scale_ptr, layer, N, K, BITS)
-    row = tl.arange(0, BLOCK_M)[None, :]
-    for index in range(program, TILES * PARTS, programs):
-        start = index % TILES * BLOCK_N
-        part = index // TILES
+    TILES_M: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    for index in range(program, TILES * TILES_M * PARTS, programs):
+        start, start_m = index // TILES_M % TILES * BLOCK_N, index % TILES_M * BLOCK_M
+        part = index // (TILES * TILES_M)
+        low = part * SHARE
         value = multiply_tile(
-            weight_ptr, scale_ptr, y_ptr, start, part * SHARE, tl.minimum((part + 1) * SHARE, K),
+            weight_ptr, scale_ptr, y_ptr, start, start_m, low, tl.minimum(low + SHARE, K),
             N, K, ROWS, BITS, BLOCK_N, BLOCK_M, BLOCK_K, STAGES,
         )  # fmt: skip
         offs_n = (start + tl.arange(0, BLOCK_N))[:, None]
+        row = (start_m + tl.arange(0, BLOCK_M))[None, :]
         parts_ptrs = parts_ptr + (part * ROWS + row) * N + offs_n
         tl.store(parts_ptrs, value, mask=(offs_n < N) & (row < ROWS))
 
@@ -185,17 +190,24 @@ def head_tiles(
     C: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, GREEDY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """logits float32 ``[M, N]`` = y W, or the best of each program's share: `phases.head`."""
-    row = tl.arange(0, BLOCK_M)
+    """logits float32 ``[M, N]`` = y W, or the best of each share of them: `phases.head`.
+
+    Programs that are beside each other have the same outputs, for all tiles of rows; their number
+    is a multiple of how many those are. best_*: ``[M, shares]``.
+    """
+    TILES_M: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    shares = programs // TILES_M
+    start_m = program % TILES_M * BLOCK_M
+    row = start_m + tl.arange(0, BLOCK_M)
     mask_m = row < ROWS
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     place = tl.zeros([BLOCK_M], tl.int32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    low, high = share_of(program, programs, (N + BLOCK_N - 1) // BLOCK_N)
+    low, high = share_of(program // TILES_M, shares, (N + BLOCK_N - 1) // BLOCK_N)
     for tile in range(low, high):
         start = tile * BLOCK_N
         value = multiply_tile(
-            weight_ptr, scale_ptr, y_ptr, start, 0, C,
+            weight_ptr, scale_ptr, y_ptr, start, start_m, 0, C,
             N, C, ROWS, BITS, BLOCK_N, BLOCK_M, BLOCK_K, STAGES,
         )  # fmt: skip
         offs_n = (start + tl.arange(0, BLOCK_N))[:, None]
@@ -215,7 +227,7 @@ def head_tiles(
             logits_ptrs = logits_ptr + row[None, :] * N + offs_n
             tl.store(logits_ptrs, value, mask=mask_n & mask_m[None, :])
     if GREEDY:
-        index = row * programs + program
+        index = row * shares + program // TILES_M
         tl.store(best_value_ptr + index, top, mask=mask_m)
         tl.store(best_index_ptr + index, place, mask=mask_m)
         tl.store(best_sum_ptr + index, total, mask=mask_m)
