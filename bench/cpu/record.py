@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.suite.environment import environment
+from gpt2fast.version import __version__
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "cpu"
 QUICK = bool(os.environ.get("GPT2FAST_BENCH_QUICK"))
@@ -19,7 +20,6 @@ MINUTES = float(os.environ.get("GPT2FAST_BENCH_MINUTES") or "inf")
 THREADS = int(os.environ.get("GPT2FAST_BENCH_THREADS") or os.cpu_count() or 1)
 
 _PACKAGES = (
-    "gpt2fast",
     "pytorch-pretrained-bert",
     "ctranslate2",
     "onnxruntime",
@@ -59,6 +59,7 @@ class Record:
         self._ends = STARTED + 60 * MINUTES * until
         facts = environment()
         facts["versions"] |= {package: _version(package) for package in _PACKAGES}
+        facts["versions"]["gpt2fast"] = __version__
         self.content: dict[str, Any] = {
             **facts,
             "flags": _flags(),
