@@ -46,7 +46,9 @@ class Span:
             is_causal=self.causal,
             scale=scale,
         )
-        return out.transpose(1, 2).reshape(-1, out.shape[1] * out.shape[3])
+        if self.query.shape[2] > 1:
+            out = out.transpose(1, 2)
+        return out.reshape(len(out) * self.query.shape[2], -1)
 
     def last(self) -> "Span":
         """Only the last token of each slot attends; all are written."""

@@ -28,15 +28,15 @@ _DIRECT_HEAD_ROWS = 2  # of hidden states, up to which a 16-bit head is read as 
 
 
 class Linear(ABC):
-    """``x W + b`` of x ``[M, K]``, for one matrix ``[K, N]``."""
+    """``x W + b`` of x ``[M, K]``, for one matrix W ``[K, N]``."""
 
     @abstractmethod
     def into(self, x: Tensor, out: Tensor) -> Tensor:
         """The product ``[M, N]``: in ``out``, or elsewhere."""
 
+    @abstractmethod
     def accumulate(self, x: Tensor, total: Tensor) -> None:
         """Add the product to ``total`` ``[M, N]``."""
-        total.add_(self.into(x, torch.empty_like(total)))
 
 
 class _Plain(Linear):
@@ -69,6 +69,9 @@ class _LowBit(Linear):
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
         return self._rows(x)
+
+    def accumulate(self, x: Tensor, total: Tensor) -> None:
+        total.add_(self._rows(x))
 
 
 class _Cast(Linear):
@@ -150,7 +153,7 @@ class Linears:
     def embedding(self, module: nn.Embedding | QuantizedEmbedding) -> Callable[[Tensor], Tensor]:
         """Ids ``[M]`` to rows ``[M, C]``."""
         if isinstance(module, QuantizedEmbedding):
-            return module
+            return module.forward
         return partial(torch.embedding, module.weight.detach())
 
 
