@@ -113,6 +113,16 @@ def is_form(model: nn.Module, name: str) -> bool:
     return leaf in ("weight", "scale") and isinstance(model.get_submodule(module), Quantized)
 
 
+def drop_tied_head(model: "PreTrainedModel", tensors: dict[str, Tensor]) -> None:
+    """Drop a tied head's entries where they repeat the embedding's, as a state dict has them."""
+    if not model.config.tie_word_embeddings or not hasattr(model, "lm_head"):
+        return
+    for leaf in ("weight", "scale"):
+        head, rows = f"lm_head.{leaf}", f"{model.base_model_prefix}.wte.{leaf}"
+        if head in tensors and rows in tensors and torch.equal(tensors[head], tensors[rows]):
+            del tensors[head]
+
+
 def make_room(model: "PreTrainedModel", mode: str, dtype: torch.dtype) -> None:
     """Put empty quantised modules into a float model on the meta device, for `stored_tensors`."""
     bits = bits_of(mode)

@@ -30,6 +30,7 @@ from gpt2fast.checkpoint.weights import (
 from gpt2fast.config import GPT2Config
 from gpt2fast.files import replacing
 from gpt2fast.quantization import (
+    drop_tied_head,
     is_form,
     make_room,
     quantize_tensors,
@@ -191,7 +192,7 @@ def save_pretrained(
     """Write ``config.json`` and the weights as safetensors, as transformers reads them.
 
     A tied head is written once, as the embedding. A quantised model is written in its form, with a
-    ``quantization_config`` that other programs refuse to load. Every file is replaced whole, so
+    ``quantization_config`` that says so; transformers refuses it. Every file is replaced whole, so
     neither a kill nor a model that maps the old file (this one, perhaps) is harmed.
 
     Args:
@@ -294,6 +295,8 @@ def _load(
     expected = stored_tensors(model)
     found = rename_for(model, tensors)
     merge_tied(model, found)
+    if stored is not None:
+        drop_tied_head(model, found)
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     weights = {name: found[name] for name in expected if name in found}
     check_tensors(model, expected, weights)

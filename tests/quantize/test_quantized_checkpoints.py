@@ -1,0 +1,225 @@
+"""Checkpoints of quantised models: written, mapped, made while loading, and refused when wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpt2fast import GPT2Config, GPT2LMHeadModel, GPT2Model, quantize
+from gpt2fast.checkpoint import CheckpointError
+from gpt2fast.cli import main
+from gpt2fast.quantization import stored_tensors
+
+IDS = torch.tensor([[5, 9, 2, 77, 31, 8, 110]])
+WEIGHT = "transformer.h.0.attn.c_attn.weight"
+SCALE = "transformer.h.0.attn.c_attn.scale"
+
+
+def _logits(model: GPT2LMHeadModel) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(IDS).logits
+    return logits
+
+
+def _change(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    (folder / "model.safetensors").unlink()  # which is mapped
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _configure(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_a_round_trip(floats: GPT2LMHeadModel, mode: str, tmp_path: Path) -> None:
+    model = quantize(floats, mode)
+    expected = _logits(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert not loaded.training
+    assert loaded.config.quantization_config["mode"] == mode
+    assert loaded.lm_head.weight.data_ptr() == loaded.transformer.wte.weight.data_ptr()
+    assert torch.equal(_logits(loaded), expected)
+    held = stored_tensors(model)
+    assert {name: (t.shape, t.dtype) for name, t in stored_tensors(loaded).items()} == {
+        name: (t.shape, t.dtype) for name, t in held.items()
+    }
+    assert "lm_head.weight" not in held
+    body = GPT2Model.from_pretrained(tmp_path)
+    assert torch.equal(body.wte.weight, loaded.transformer.wte.weight)
+    half = GPT2LMHeadModel.from_pretrained(tmp_path, dtype="bfloat16")
+    assert half.transformer.h[0].attn.c_attn.weight.dtype == loaded.lm_head.weight.dtype or (
+        mode == "int4"
+    )
+    assert half.dtype == _logits(half).dtype == torch.bfloat16
+
+
+def test_an_untied_head_is_stored(floats: GPT2LMHeadModel, mode: str, tmp_path: Path) -> None:
+    config = GPT2Config.from_dict({**floats.config.to_dict(), "tie_word_embeddings": False})
+    model = quantize(GPT2LMHeadModel(config), mode)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert not torch.equal(loaded.lm_head.weight, loaded.transformer.wte.weight)
+    assert torch.equal(_logits(loaded), _logits(model))
+
+
+@pytest.mark.filterwarnings("error:GPT2LMHeadModel")
+@pytest.mark.parametrize("pickled", [False, True])
+def test_quantised_while_loading(
+    floats: GPT2LMHeadModel, mode: str, pickled: bool, tmp_path: Path
+) -> None:
+    floats.save_pretrained(tmp_path)
+    if pickled:
+        torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path, quantize=mode)
+    assert torch.equal(_logits(loaded), _logits(quantize(floats, mode)))
+    given = GPT2LMHeadModel.from_pretrained(
+        None, config=loaded.config, state_dict=loaded.state_dict()
+    )
+    assert torch.equal(_logits(given), _logits(loaded))
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from gpt2fast import GPT2LMHeadModel
+import gpt2fast.quantization
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+GPT2LMHeadModel.from_pretrained("bundled", quantize="int8")  # what is imported once
+before = anonymous()
+model = GPT2LMHeadModel.from_pretrained(sys.argv[1], **eval(sys.argv[2]))
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_holds_no_second_copy(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=1000, n_positions=16, n_embd=512, n_layer=4, n_head=2)
+    model = GPT2LMHeadModel(config)
+    kilobytes = sum(p.numel() for p in model.parameters()) // 1024  # of int8
+    model.save_pretrained(tmp_path / "float32")
+
+    def taken(folder: str, options: str) -> int:
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / folder), options]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    # The floats are mapped and take none; what is left is int8 and a matrix's intermediates.
+    assert 0.9 * kilobytes < taken("float32", "{'quantize': 'int8'}") < 2.2 * kilobytes
+    quantize(model, "int8").save_pretrained(tmp_path / "int8")
+    assert taken("int8", "{}") < 0.3 * kilobytes  # mapped
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gpt2fast", "mode": "int3"}}, "got 'int3'"),
+        ({"quantization_config": {"quant_method": "gpt2fast"}}, "got None"),
+        ({"quantization_config": {"quant_method": "gpt2fast", "mode": ["int8"]}}, r"\['int8'\]"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "got 'bitsandbytes'"),
+        ({"quantization_config": "int8"}, "got 'int8'"),
+        ({"quantization_config": None}, "is torch.int8, expected one of float32"),
+    ],
+    ids=str,
+)
+def test_hostile_configurations(
+    floats: GPT2LMHeadModel, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    quantize(floats, "int8").save_pretrained(tmp_path)
+    _configure(tmp_path, **fields)
+    if fields["quantization_config"] is None:
+        # As float weights they do not even have the shape.
+        message = r"the checkpoint does not fit the configuration"
+    with pytest.raises(CheckpointError, match=message):
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+def _set(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set(WEIGHT, torch.zeros(96, 32)), "float32, expected torch.int8"),
+        (_set(WEIGHT, torch.zeros(96, 32, dtype=torch.uint8)), "uint8, expected torch.int8"),
+        (_set(WEIGHT, torch.zeros(32, 96, dtype=torch.int8)), r"\[32, 96\], expected \[96, 32\]"),
+        (_set(SCALE, torch.ones(96, dtype=torch.float64)), "float64, expected torch.float32"),
+        (_set(SCALE, torch.ones(97)), r"\[97\], expected \[96\]"),
+        (_set(SCALE, torch.full((96,), float("nan"))), "positive and finite; it holds nan"),
+        (_set(SCALE, torch.full((96,), float("inf"))), "positive and finite; it holds inf"),
+        (_set(SCALE, torch.full((96,), -0.5)), "positive and finite; it holds -0.5"),
+        (lambda tensors: tensors.pop(SCALE), f"lacks {SCALE} of a quantised model"),
+        (lambda tensors: tensors.pop(WEIGHT), f"lacks {WEIGHT} of a quantised model"),
+        (_set("transformer.h.0.ln_1.weight", torch.zeros(32, dtype=torch.int8)), "expected one of"),
+    ],
+    ids=str,
+)
+def test_hostile_tensors(
+    floats: GPT2LMHeadModel,
+    tmp_path: Path,
+    change: Callable[[dict[str, Tensor]], object],
+    message: str,
+) -> None:
+    quantize(floats, "int8").save_pretrained(tmp_path)
+    _change(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+def test_float_weights_under_a_quantised_configuration(
+    floats: GPT2LMHeadModel, tmp_path: Path
+) -> None:
+    floats.save_pretrained(tmp_path)
+    _configure(tmp_path, quantization_config={"quant_method": "gpt2fast", "mode": "fp16"})
+    with pytest.raises(CheckpointError, match="does not fit the configuration"):
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+def test_another_mode_than_the_checkpoint_s_is_refused(saved: Path, mode: str) -> None:
+    assert GPT2LMHeadModel.from_pretrained(saved, quantize=mode).config.quantization_config
+    other = "int8" if mode != "int8" else "fp16"
+    with pytest.raises(ValueError, match=f"quantize='{other}'.*already, as '{mode}'"):
+        GPT2LMHeadModel.from_pretrained(saved, quantize=other)
+    with pytest.raises(ValueError, match="int8, fp16, int4; got 'int5'"):
+        GPT2LMHeadModel.from_pretrained("bundled", quantize="int5")
+
+
+def test_transformers_refuses_the_checkpoint(floats: GPT2LMHeadModel, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    quantize(floats, "int8").save_pretrained(tmp_path)
+    # It warns that it knows no such method; then no projection has the shape that it expects.
+    with pytest.raises((RuntimeError, ValueError)):
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+def test_the_float_checkpoint_is_as_ever(floats: GPT2LMHeadModel, tmp_path: Path) -> None:
+    twin = GPT2LMHeadModel(floats.config)
+    quantize(floats, "int8")
+    twin.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert not any(name.endswith("scale") for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_the_command_line_quantises(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "bundled", "--greedy", "--max-new-tokens", "4", "--json"]
+    texts = {}
+    for mode in (None, "fp16", "int8"):
+        chosen = [] if mode is None else ["--quantize", mode]
+        assert main(["generate", *options, *chosen, "The captain stood"]) == 0
+        texts[mode] = json.loads(capsys.readouterr().out)["text"]
+    assert texts["fp16"] == texts[None]
+    assert re.search(r"\w", texts["int8"])
