@@ -30,7 +30,6 @@ class Replayer:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 self._stream = torch.cuda.Stream()
-                self._pool = torch.cuda.graph_pool_handle()
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -65,6 +64,8 @@ class Replayer:
             graph.replay()
 
     def _recorded(self, work: Work) -> torch.cuda.CUDAGraph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # What other threads ask of CUDA meanwhile is no business of this capture.
         with torch.cuda.graph(
@@ -78,3 +79,4 @@ class Replayer:
         if self._stream is not None:
             self._stream.synchronize()
         self._graphs.clear()
+        self._pool = None  # it ends with the last graph that works in it

@@ -1,0 +1,105 @@
+"""Recording and replaying, with stand-ins for a CUDA device."""
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2fast.engine.graphs import Replayer
+
+
+class Device:
+    """What `Replayer` asks of ``torch.cuda``. A graph replays by doing its work again."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        replacements = {
+            "device": lambda device: contextlib.nullcontext(),
+            "Stream": lambda: self.stream("own"),
+            "current_stream": lambda: self.stream("current"),
+            "stream": lambda stream: contextlib.nullcontext(),
+            "graph_pool_handle": lambda: (0, len(self.log)),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.log.append("replay")),
+            "graph": self.graph,
+        }
+        for name, replacement in replacements.items():
+            monkeypatch.setattr(torch.cuda, name, replacement)
+
+    def stream(self, name: str) -> Any:
+        return SimpleNamespace(
+            name=name,
+            wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"),
+            synchronize=lambda: self.log.append("synchronize"),
+        )
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        assert stream.name == "own"
+        assert pool is not None
+        self.log.append("begin")
+        yield
+        self.log.append("end")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(monkeypatch)
+
+
+def test_first_as_it_is_then_recorded_then_replayed(device: Device) -> None:
+    replayer = Replayer(torch.device("cuda", 0))
+
+    def work() -> None:
+        device.log.append("work")
+
+    for _ in range(4):
+        replayer.run("step", work)
+    assert device.log == ["work", "begin", "work", "end", "replay", "replay", "replay"]
+    device.log.clear()
+    replayer.run("other", work)
+    assert device.log == ["work"]
+    replayer.forget()
+    replayer.run("step", work)
+    assert device.log == ["work", "synchronize", "work"]
+
+
+def test_work_that_fails_is_not_taken_for_done(device: Device) -> None:
+    replayer = Replayer(torch.device("cuda", 0))
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            replayer.run("step", fails)
+    replayer.run("step", lambda: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        replayer.run("step", fails)  # while it is recorded
+    assert "replay" not in device.log
+
+
+def test_streams_wait_for_each_other(device: Device) -> None:
+    replayer = Replayer(torch.device("cuda", 0))
+
+    def failing() -> None:
+        with replayer.stream():
+            device.log.append("work")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    assert device.log == ["own waits for current", "work", "current waits for own"]
+
+
+def test_other_devices_record_nothing() -> None:
+    replayer = Replayer(torch.device("cpu"))
+    done = []
+    for _ in range(3):
+        with replayer.stream():
+            replayer.run("step", lambda: done.append(1))
+    assert done == [1, 1, 1]
+    replayer.forget()
