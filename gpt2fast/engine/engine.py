@@ -97,6 +97,8 @@ class Engine:
     def idle(self) -> bool:
         """Whether nobody has a slot or waits for one."""
         with self._lock:
+            if self._closed:
+                return True
             self._batch.reap()
             return self._batch.scheduler.free() == self.slots
 

@@ -173,12 +173,8 @@ class Scheduler:
         is. Where all but the last token of a prompt is cached already, the part is empty: that
         token is evaluated as the running rows' are.
         """
-        passed: list[Sequence] = []
         while self._prompts and (budget is None or budget > 0):
             sequence = self._prompts.popleft()
-            if not sequence.hungry:
-                passed.append(sequence)
-                continue
             length, source = len(sequence.prompt_ids), None
             if sequence.cached == 0:
                 source, sequence.cached = self._shared(sequence)
@@ -192,7 +188,6 @@ class Scheduler:
             sequence.cached = end
             budget = None if budget is None else budget - (end - start)
             (self._running.append if last else self._prompts.appendleft)(sequence)
-        self._prompts.extendleft(reversed(passed))
 
     def _shared(self, sequence: Sequence) -> tuple[int | None, int]:
         """The slot that holds the longest beginning of a prompt, and its length; None and 0."""

@@ -87,7 +87,9 @@ class GenerationMixin:
 
         Keywords mean what they mean in transformers, and greedy tokens and beams are the same.
         Each row comes out as it would alone: rows have their own positions, random numbers and
-        end. Runs in the mode the model is in; call ``eval()`` first to be rid of dropout.
+        end. Runs in the mode the model is in; call ``eval()`` first to be rid of dropout. Most
+        calls run on a decode engine that stays with the model for the next; `gpt2fast.release`
+        frees its memory.
 
         Args:
             input_ids: ``[B, T]`` or ``[T]`` token ids; or a list of prompts of any lengths, each a
