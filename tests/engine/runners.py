@@ -19,13 +19,13 @@ def tiny(**overrides: Any) -> Any:
     sizes = {
         "vocab_size": VOCAB,
         "n_positions": POSITIONS,
-        "n_embd": 64,
+        "n_embd": 32,
         "n_layer": 2,
         "n_head": 2,
         "eos_token_id": 0,
     }
     model = gpt2fast.GPT2LMHeadModel(gpt2fast.GPT2Config(**{**sizes, **overrides}))
-    randomize(model, std=0.3)
+    randomize(model, std=0.4)
     with torch.no_grad():
         model.transformer.wte.weight.mul_(0.2)  # else, with a tied head, a token predicts itself
     return model.to(DEVICE).eval()
