@@ -27,7 +27,10 @@ from typing import Any
 import torch
 
 from gpt2fast.kernels._triton import target
+from tests.kernels import offline_decode
 from tests.kernels.offline_cases import CASES
+
+CASES.update(offline_decode.CASES)
 
 # SASS mnemonics by what they tell; a column of the table each, but for spills.
 INSTRUCTIONS = {

@@ -15,9 +15,10 @@ import pytest
 from gpt2fast.kernels import _triton
 from gpt2fast.kernels._triton import configs
 from gpt2fast.kernels._triton.target import CHIPS, Target
+from gpt2fast.kernels.decode_step import BUCKETS, FEW_ROWS
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted(Path(_triton.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(_triton.__file__).parent.rglob("*.py"))
 
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -118,6 +119,31 @@ def test_every_tile_is_compiled_for_every_chip_that_selects_it(
         assert compiled == tiles, (kernel, chip)
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_tile_of_decoding_steps_is_compiled(records: list[dict[str, Any]], chip: int) -> None:
+    tiles, few = set(), set()
+    for record in records:
+        constants = record["constants"]
+        if record["chip"] != chip or "ROWS" not in constants:
+            continue
+        if "UNROLL" in constants:
+            few.add(tuple(constants[name] for name in ("WARPS", "REPEAT", "UNROLL")))
+        elif "STAGES" in constants:
+            names = constants["BLOCK_N"], constants["BLOCK_K"], record["warps"], constants["STAGES"]
+            tiles.add(names)
+    assert tiles == {
+        astuple(configs.decode_tile(rows, bits, element_size))
+        for rows in BUCKETS
+        if rows > FEW_ROWS
+        for bits, element_size in ((32, 4), (16, 2), (8, 2), (4, 2), (8, 4), (4, 4))
+    }
+    assert few == {
+        astuple(configs.decode_rows_tile(outputs, rows, CHIPS[chip]))[:3]
+        for outputs in (768, 1600, 2304, 3072, 6400, 50257)
+        for rows in (1, 2, 4)
+    }
+
+
 def test_every_entry_of_the_tables_is_selected_on_some_chip() -> None:
     """So that the sizes in `_selectable` reach them all."""
     entries = [
@@ -181,6 +207,12 @@ MEMORY_KERNELS = {
     "_cross_entropy_kernel": ("load 16 B",),
     "_attention_decode_kernel": ("load 16 B",),
     "_add_splits_kernel": ("load 16 B",),
+    **dict.fromkeys(("_qkv_kernel", "_fc_kernel", "_add_kernel", "_head_kernel"), ("load 16 B",)),
+    "_normalize_kernel": ("load 16 B",),
+    "_qkv_tiles_kernel": ("load 16 B",),
+    "_fc_tiles_kernel": ("load 16 B",),
+    "_part_tiles_kernel": ("load 16 B",),
+    "_head_tiles_kernel": ("load 16 B",),
 }
 
 

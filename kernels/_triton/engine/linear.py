@@ -13,6 +13,9 @@ equal in all warps. Sums are float32. K is any multiple of 8; the columns of the
 behind it are masked.
 """
 
+# Tuples grow in device functions, whose types mypy takes for those of the empty ones.
+# mypy: disable-error-code="assignment"
+
 import triton
 import triton.language as tl
 
@@ -57,10 +60,12 @@ def int4_to_float32(data):
 def to_float32(data, BITS: tl.constexpr):
     """Weights as they are stored, in float32, but for their scale."""
     if BITS == 8:
-        return int8_to_float32(data)
-    if BITS == 4:
-        return int4_to_float32(data)
-    return data.to(tl.float32)
+        weights = int8_to_float32(data)
+    elif BITS == 4:
+        weights = int4_to_float32(data)
+    else:
+        weights = data.to(tl.float32)
+    return weights
 
 
 @triton.jit
