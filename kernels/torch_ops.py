@@ -21,9 +21,33 @@ def add_layer_norm(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
     # addmm on [in, out] weights reads them as they lie: no transpose, no repacking.
-    out = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
+    if x.dtype != weight.dtype or multiplies_fast(x.dtype, x.device) or _casts_again(x.device):
+        out = torch.addmm(bias, rows, weight)
+    else:
+        out = torch.addmm(bias.float(), rows.float(), weight.float()).to(x.dtype)
     return out.view(*x.shape[:-1], weight.shape[1])
+
+
+def multiplies_fast(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch's matrix products of ``dtype`` are meant for use there.
+
+    On a CPU without such instructions those of 16 bits take up to a hundred times as long as
+    float32's.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _casts_again(device: torch.device) -> bool:
+    """Whether somebody decides about dtypes behind us: autocast, or a compiler."""
+    return torch.is_autocast_enabled(device.type) or torch.compiler.is_compiling()
 
 
 def gelu_mlp(

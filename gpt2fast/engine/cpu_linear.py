@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2fast.kernels.torch_ops import multiplies_fast
 from gpt2fast.layers import Conv1D
 from gpt2fast.quantized_layers import QuantizedConv1D, QuantizedEmbedding, QuantizedHead
 
@@ -131,7 +132,7 @@ class Linears:
     def __init__(self, model: "LanguageModel") -> None:
         weights, device = model.dtype, model.device
         low_bit = isinstance(model.lm_head, QuantizedHead)
-        fast = multiplies(weights, device) and not (low_bit and device.type == "cpu")
+        fast = multiplies_fast(weights, device) and not (low_bit and device.type == "cpu")
         self.dtype = weights if fast else torch.float32
         self._buffer = None if fast else _Buffer(device)
 
@@ -170,17 +171,6 @@ class _Buffer:
     def cast(self, matrix: Tensor) -> Tensor:
         """The matrix in float32, until the next call."""
         return self._values[: matrix.numel()].view(matrix.shape).copy_(matrix)
-
-
-def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch has fast matrix products of ``dtype`` there."""
-    if device.type != "cpu":
-        return True
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True
 
 
 @cache

@@ -216,7 +216,7 @@ def test_16_bit_logits_are_as_exact_as_plain_ones(dtype, native, monkeypatch):
     model = tiny(n_layer=3).to(dtype)
     oracle = tiny(n_layer=3).double()
     oracle.load_state_dict(model.state_dict())
-    monkeypatch.setattr(cpu_linear, "multiplies", lambda dtype, device: native)
+    monkeypatch.setattr(cpu_linear, "multiplies_fast", lambda dtype, device: native)
     monkeypatch.setattr(cpu_linear, "_HEAD_ROWS", 40)
     taken: list[Tensor] = []
     select = torch_runner.select_and_commit

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2fast import kernels
+from gpt2fast.kernels import torch_ops
 from tests.kernels import oracles
 from tests.kernels.devices import DEVICE, TRITON_DTYPES, backends, backends_and_dtypes, triton_only
 from tests.kernels.oracles import compare
@@ -32,6 +33,22 @@ def test_linear(
     tensors = [torch.randn(*lead, inputs).to(dtype), *layer(inputs, outputs, dtype)]
     compare("linear", kernels.linear, oracles.linear, tensors)
     compare_forward("linear", kernels.linear, oracles.linear, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fast", [False, True])
+def test_16_bits_on_any_cpu(
+    fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_ops, "multiplies_fast", lambda dtype, device: fast)
+    x, weight, bias = (torch.randn(*size).to(dtype) for size in ((3, 5, 64), (64, 33), (33,)))
+    with kernels.backend("torch"):
+        compare("linear", kernels.linear, oracles.linear, [x, weight, bias])
+        product = kernels.linear(x, weight, bias)
+        with torch.autocast("cpu", dtype):
+            assert kernels.linear(x.float(), weight.float(), bias.float()).dtype == dtype
+    wide = torch.addmm(bias.float(), x.float().view(15, 64), weight.float())
+    assert fast or torch.equal(product, wide.to(dtype).view(3, 5, 33))
 
 
 @backends_and_dtypes
