@@ -258,3 +258,25 @@ def test_prefill_of_ours_is_transformers(tiny: str) -> None:
         contender.load()
         first.append(contender.prefill(rows))
     assert first[0] == first[1] == first[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("CTranslate2", "ctranslate2"),
+        ("CTranslate2 int8", "ctranslate2"),
+        ("ONNX Runtime", "onnxruntime"),
+        ("ONNX Runtime int8", "onnxruntime"),
+        ("llama.cpp", "llama_cpp"),
+        ("llama.cpp Q8_0", "llama_cpp"),
+    ],
+)
+def test_peers_compute_the_model(tiny: str, name: str, module: str) -> None:
+    pytest.importorskip(module, reason="make bench installs the peers")
+    named = [(each, table.make(each, tiny, 1)) for each in (table.BASE, name)]
+    with closing(company(*named)) as there:
+        decoded = contest.decode(DecodeCase(tiny, "float32", 20, NEW, CHUNK), there)
+        filled = contest.prefill(PrefillCase(tiny, 3, 20, 1), (table.BASE, name), there)
+    for record in (decoded, filled):
+        assert "times_base" in record["contenders"][name], record["contenders"][name]
+    assert decoded["contenders"][name]["agreement"]["error"] < 0.3
