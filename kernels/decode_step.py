@@ -226,6 +226,8 @@ def decode_persistent(
 ) -> None:
     """Whole steps in one launch of a kernel that keeps all its programs resident.
 
+    Without ``greedy`` two launches a step, of which the second chooses and commits.
+
     Leaves the state, the cache and the buffers as ``steps`` times `propose`, with ``ngram``,
     `evaluate` and `select_and_commit` do, up to the order in which sums are added; ends sooner
     where no slot of the rows is RUNNING any longer.

@@ -467,7 +467,6 @@ PERSISTENT_WARPS = 8
 PERSISTENT_AHEAD = 64 << 10
 # Registers a thread for weights, sums and inputs; the rest of 255 holds addresses.
 _PERSISTENT_REGISTERS = 140
-PERSISTENT_SELECT_BLOCK = 1024  # logits at a time; `ENGINE_SELECT`'s would not fit beside the rest
 
 
 def persistent_tile(

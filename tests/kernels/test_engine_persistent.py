@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from gpt2fast.kernels._triton import target
 from gpt2fast.kernels.decode_state import EOS, LIMIT, RUNNING, DecodeState
@@ -23,44 +22,18 @@ from gpt2fast.kernels.decode_step import (
     propose,
     select_and_commit,
 )
-from gpt2fast.kernels.packing import DecodeWeights, Matrix, quantize_int4, quantize_int8
+from gpt2fast.kernels.packing import DecodeWeights
+from tests.kernels.decode_weights import random_weights
 from tests.kernels.devices import DEVICE
 
 SLOTS, CAPACITY, VOCAB, HEADS = 3, 24, 50, 2
 
 
-def _matrix(layers: int, outputs: int, inputs: int, bits: int, dtype: torch.dtype) -> Matrix:
-    weights = [torch.randn(outputs, inputs) * inputs**-0.5 for _ in range(layers)]
-    bias = (torch.randn(layers, outputs) * 0.1).to(dtype)
-    if bits >= 16:
-        return Matrix(torch.stack(weights).to(dtype), None, bias, bits)
-    pairs = [(quantize_int8 if bits == 8 else quantize_int4)(weight) for weight in weights]
-    data, scale = (torch.stack(part) for part in zip(*pairs, strict=True))
-    return Matrix(data, scale, bias, bits)
-
-
-def _weights(
-    bits: int = 32, dtype: torch.dtype = torch.float32, layers: int = 2, width: int = 32
-) -> DecodeWeights:
-    def norm(*shape: int) -> Tensor:
-        return torch.stack((1 + 0.1 * torch.randn(*shape), 0.1 * torch.randn(*shape)), -2).to(dtype)
-
-    head = _matrix(1, VOCAB, width, max(bits, 8), dtype)
-    return DecodeWeights(
-        wte=torch.randn(VOCAB, width).to(dtype),
-        wpe=(0.1 * torch.randn(CAPACITY, width)).to(dtype),
-        ln_1=norm(layers, width),
-        ln_2=norm(layers, width),
-        ln_f=norm(width),
-        qkv=_matrix(layers, 3 * width, width, bits, dtype),
-        out=_matrix(layers, width, width, bits, dtype),
-        fc=_matrix(layers, 4 * width, width, bits, dtype),
-        proj=_matrix(layers, width, 4 * width, bits, dtype),
-        head=Matrix(head.data, head.scale, None, head.bits),
-        heads=HEADS,
-        eps=1e-5,
-        scales=torch.full((layers,), (width // HEADS) ** -0.5),
-    )
+def _weights(bits: int = 32, dtype: torch.dtype = torch.float32, layers: int = 1) -> DecodeWeights:
+    return random_weights(
+        bits, dtype, width=32, inner=128, heads=HEADS, vocab=VOCAB, positions=CAPACITY,
+        layers=layers,
+    )  # fmt: skip
 
 
 def _state() -> DecodeState:
@@ -127,7 +100,7 @@ def _device() -> Any:
 
 
 def test_tokens_of_one_sequence() -> None:
-    state = _both(_weights(), _state(), [1], splits=1, steps=2, greedy=True)
+    state = _both(_weights(layers=2), _state(), [1], splits=1, steps=2, greedy=True)
     assert state.lengths.tolist() == [7, 15, 2]
 
 
@@ -138,7 +111,7 @@ def test_ragged_rows_that_end_and_one_without_a_slot() -> None:
     state.top_k[0] = 5
     state.top_p[1] = 0.8
     state.penalty[0] = 1.3
-    weights = _weights(8, torch.float16, layers=1)
+    weights = _weights(8, torch.float16)
     ended = _both(weights, state, [2, 0, 1, -1], splits=2, steps=2, greedy=False)
     assert ended.lengths.tolist() == [9, 15, 3]
     assert ended.status.tolist() == [RUNNING, RUNNING, LIMIT]
@@ -148,21 +121,21 @@ def test_stops_where_no_slot_runs_any_longer() -> None:
     state = _state()
     state.eos[0] = torch.arange(8)  # of slot 0 alone
     state.tokens[0] = 1
-    weights = _weights(layers=1)
+    weights = _weights()
     weights.head.data.zero_()  # id 0 is the first of equals
-    ended = _both(weights, state, [0], splits=1, steps=4, greedy=True)
+    ended = _both(weights, state, [0], splits=1, steps=2, greedy=True)
     assert (ended.lengths[0], ended.status[0]) == (8, EOS)
 
 
 def test_drafts_are_proposed_and_checked() -> None:
     state = _state()
     state.tokens[1] = torch.arange(CAPACITY + 1) % 3
-    weights = _weights(4, torch.float16, layers=1)
+    weights = _weights(4, torch.float16)
     _both(weights, state, [1, 0], splits=3, steps=2, greedy=True, drafts=1, ngram=2)
 
 
 def test_refuses_what_it_cannot_do() -> None:
-    weights, state = _weights(layers=1), _state()
+    weights, state = _weights(), _state()
     cache = torch.zeros(1, 2, SLOTS, HEADS, CAPACITY, 16)
     many = StepBuffers.allocate(weights, 8, 1)
     with pytest.raises(ValueError, match="up to 4 rows; got 8"):

@@ -53,15 +53,8 @@ class _State(NamedTuple):
     tokens: Any
     lengths: Any
     limits: Any
-    least: Any
     eos: Any
     status: Any
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    penalty: Any
-    uniforms: Any
     seen: Any
     scored: Any
     log_probs: Any
@@ -86,8 +79,6 @@ class _Buffers(NamedTuple):
     best_sum: Any
     chosen: Any
     chosen_log_probs: Any
-    scores: Any
-    candidates: Any
 
 
 @triton.jit
@@ -137,26 +128,16 @@ def _prefetch(
 
 
 @triton.jit
-def _choose(
+def _choose_best(
     counter_ptr, epoch, program, state, buffers, capacity,
-    V: tl.constexpr, ROWS: tl.constexpr, DRAFTS: tl.constexpr, GREEDY: tl.constexpr,
-    PROGRAMS: tl.constexpr, SELECT_BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+    V: tl.constexpr, ROWS: tl.constexpr, DRAFTS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """A token for every row, and what counts of them into the state."""
-    if GREEDY:
-        sampling.select_best(
-            program, PROGRAMS, buffers.best_value, buffers.best_index, buffers.best_sum,
-            buffers.slots, state.status, buffers.chosen, buffers.chosen_log_probs,
-            ROWS, PROGRAMS, triton.next_power_of_2(PROGRAMS),
-        )  # fmt: skip
-    else:
-        sampling.select(
-            program, PROGRAMS, buffers.logits, buffers.slots, buffers.offsets,
-            buffers.chosen, buffers.chosen_log_probs, buffers.scores, buffers.candidates,
-            state.tokens, state.lengths, state.least, state.eos, state.status, state.temperature,
-            state.top_k, state.top_p, state.min_p, state.penalty, state.uniforms, state.seen,
-            state.scored, capacity, V, ROWS, SELECT_BLOCK, CANDIDATES,
-        )  # fmt: skip
+    """The likeliest token for every row, and what counts of them into the state."""
+    sampling.select_best(
+        program, PROGRAMS, buffers.best_value, buffers.best_index, buffers.best_sum,
+        buffers.slots, state.status, buffers.chosen, buffers.chosen_log_probs,
+        ROWS, PROGRAMS, triton.next_power_of_2(PROGRAMS),
+    )  # fmt: skip
     if DRAFTS > 0:
         epoch = _meet(counter_ptr, epoch, PROGRAMS)
     else:
@@ -191,16 +172,16 @@ def _decode_kernel(
     PROJ_REPEAT: tl.constexpr, PROJ_UNROLL: tl.constexpr,
     HEAD_REPEAT: tl.constexpr, HEAD_UNROLL: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    COMBINE_BLOCK: tl.constexpr, PROPOSE_BLOCK: tl.constexpr, SELECT_BLOCK: tl.constexpr,
-    CANDIDATES: tl.constexpr, MOST: tl.constexpr, BULK: tl.constexpr,
+    COMBINE_BLOCK: tl.constexpr, PROPOSE_BLOCK: tl.constexpr,
+    MOST: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
     """``steps`` steps, or fewer where no slot runs any longer.
 
     Grid: (PROGRAMS,), cooperative. counter int64 ``[1]``; weights a `_Weights`, state a `_State`,
     buffers a `_Buffers`, whose ``best_*`` are ``[M, PROGRAMS]``: shapes and dtypes are those of the
-    phases. GREEDY: choose by maxima alone. NGRAM: propose DRAFTS tokens before every step. MERGE:
-    the projection of the heads merges the splits. BLOCK_C >= C. MOST: bytes of its weights that a
-    program asks for ahead.
+    phases. GREEDY: choose by maxima and commit; otherwise there is one step, whose logits are left.
+    NGRAM: propose DRAFTS tokens before every step. MERGE: the projection of the heads merges the
+    splits. BLOCK_C >= C. MOST: bytes of its weights that a program asks for ahead.
     """
     program = tl.program_id(0)
     epoch = first_epoch(counter_ptr, PROGRAMS)
@@ -291,11 +272,11 @@ def _decode_kernel(
             buffers.logits, buffers.best_value, buffers.best_index, buffers.best_sum, eps,
             C, V, ROWS, HEAD_BITS, GREEDY, WARPS, HEAD_REPEAT, HEAD_UNROLL, KEEP,
         )  # fmt: skip
-        epoch = _meet(counter_ptr, epoch, PROGRAMS)
-        epoch = _choose(
-            counter_ptr, epoch, program, state, buffers, capacity,
-            V, ROWS, DRAFTS, GREEDY, PROGRAMS, SELECT_BLOCK, CANDIDATES,
-        )  # fmt: skip
+        if GREEDY:
+            epoch = _meet(counter_ptr, epoch, PROGRAMS)
+            epoch = _choose_best(
+                counter_ptr, epoch, program, state, buffers, capacity, V, ROWS, DRAFTS, PROGRAMS
+            )
         step += 1
 
 
@@ -330,7 +311,26 @@ def launch_decode(
     drafts: int,
     ngram: int,
 ) -> None:
-    """See `gpt2fast.kernels.decode_step.decode_persistent`."""
+    """See `gpt2fast.kernels.decode_step.decode_persistent`.
+
+    Sampling takes a kernel of its own behind every step: in this one it would not fit into the
+    registers beside the addresses of all phases.
+    """
+    if greedy:
+        _launch_steps(weights, state, cache, buffers, steps, True, drafts, ngram)
+        return
+    for _ in range(steps):
+        if drafts and ngram:
+            sampling.launch_propose(state, buffers, drafts, ngram)
+        _launch_steps(weights, state, cache, buffers, 1, False, 0, 0)
+        sampling.launch_select(state, buffers, drafts, False)
+
+
+def _launch_steps(
+    weights: DecodeWeights, state: DecodeState, cache: Tensor, buffers: StepBuffers,
+    steps: int, greedy: bool, drafts: int, ngram: int,
+) -> None:  # fmt: skip
+    """A launch of the kernel."""
     target = current_target(cache.device)
     programs, rows = persistent_programs(cache.device), buffers.rows
     layers, _, slots, heads, capacity, head_size = cache.shape
@@ -353,7 +353,6 @@ def launch_decode(
         BLOCK_C=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(head_size),
         BLOCK_S=configs.engine_attention(cache.element_size(), head_size).block_s,
         COMBINE_BLOCK=configs.ENGINE_COMBINE_BLOCK, PROPOSE_BLOCK=configs.ENGINE_PROPOSE_BLOCK,
-        SELECT_BLOCK=configs.PERSISTENT_SELECT_BLOCK, CANDIDATES=buffers.candidates.shape[1],
         MOST=configs.PERSISTENT_AHEAD, BULK=target.has_tma,
         num_warps=configs.PERSISTENT_WARPS, launch_cooperative_grid=programs > 1,
     )  # fmt: skip
