@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import gpt2fast
 from gpt2fast.engine.weights import fingerprint, pack, why_not
 from gpt2fast.kernels.packing import Matrix, dequantize
+from gpt2fast.quantization import MODES
 from tests.models.reference import randomize, sizes
 
 Change = Callable[[Any], object]
@@ -360,7 +361,7 @@ def test_pack_refuses() -> None:
         pack(tiny(n_inner=61), 4)
 
 
-@pytest.mark.parametrize("mode", gpt2fast.quantization.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantised_models(mode: str, dtype: torch.dtype) -> None:
     """Packed as they are: the same numbers, whether a forward pass has laid them out or not."""
@@ -370,7 +371,7 @@ def test_quantised_models(mode: str, dtype: torch.dtype) -> None:
     ids = torch.tensor([[1, 2, 3]])
     for _ in range(2):
         weights = pack(model)
-        bits = gpt2fast.quantization.MODES[mode]
+        bits = MODES[mode]
         for name, matrix in matrices(weights):
             expected = bits[name == "head"]
             assert matrix.bits == (8 * dtype.itemsize if expected == 16 else expected)
