@@ -321,3 +321,19 @@ CASES |= {
     "engine sampling greedy, 3 drafts": lambda: _engine_sampling(8, 3, True),
     "engine sampling": lambda: _engine_sampling(1, 0, False),
 }
+
+
+def _engine_persistent(width: int, rows: int) -> None:
+    """Whole greedy steps in one kernel."""
+    from gpt2fast.kernels.decode_state import DecodeState
+    from gpt2fast.kernels.decode_step import StepBuffers, decode_persistent, persistent_buffers
+    from tests.kernels.dependent import weights
+
+    model = weights(width, 12, width // 64, 50257)
+    state = DecodeState.empty(rows, 1024, 50257, torch.device("meta"))
+    cache = empty(12, 2, rows, width // 64, 1024, 64)
+    buffers = persistent_buffers(StepBuffers.allocate(model, rows, 4))
+    decode_persistent(model, state, cache, buffers, 8, greedy=True)
+
+
+CASES["engine persistent"] = lambda: _engine_persistent(768, 1)
