@@ -105,18 +105,19 @@ class Quantized(nn.Module):
 class QuantizedEmbedding(Quantized):
     """Rows of a weight; they come out in the dtype that the model is cast to."""
 
-    like: Tensor
-
     def __init__(self, weight: Tensor, scale: Tensor | None, bits: int, dtype: torch.dtype) -> None:
         super().__init__(weight, scale, bits)
-        like = torch.empty(0, dtype=dtype, device=weight.device)
-        self.register_buffer("like", like, persistent=False)
+        self.dtype = dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantized":
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids ``[...]`` to ``[..., K]``."""
         rows = self.weight[ids]
         scale = None if self.scale is None else self.scale[ids]
-        return packing.dequantize(rows, scale, self.bits).to(self.like.dtype)
+        return packing.dequantize(rows, scale, self.bits).to(self.dtype)
 
 
 class _Linear(Quantized):

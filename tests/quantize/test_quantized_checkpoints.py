@@ -16,6 +16,7 @@ from torch import Tensor
 from gpt2fast import GPT2Config, GPT2LMHeadModel, GPT2Model, quantize
 from gpt2fast.checkpoint import CheckpointError
 from gpt2fast.cli import main
+from gpt2fast.engine.weights import why_not
 from gpt2fast.quantization import stored_tensors
 
 IDS = torch.tensor([[5, 9, 2, 77, 31, 8, 110]])
@@ -50,6 +51,8 @@ def test_a_round_trip(floats: GPT2LMHeadModel, mode: str, tmp_path: Path) -> Non
     assert loaded.config.quantization_config["mode"] == mode
     assert loaded.lm_head.weight.data_ptr() == loaded.transformer.wte.weight.data_ptr()
     assert torch.equal(_logits(loaded), expected)
+    assert {t.device.type for t in (*loaded.buffers(), *loaded.parameters())} == {"cpu"}
+    assert why_not(loaded) is None  # the engine serves it
     held = stored_tensors(model)
     assert {name: (t.shape, t.dtype) for name, t in stored_tensors(loaded).items()} == {
         name: (t.shape, t.dtype) for name, t in held.items()
