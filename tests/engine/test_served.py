@@ -9,7 +9,7 @@ from torch import Tensor
 from gpt2fast import GPT2LMHeadModel, GPT2Tokenizer, release
 from gpt2fast.engine import kept
 from gpt2fast.generation.decoding import Decoder
-from tests.engine.conftest import general
+from tests.engine.conftest import engine_of, general
 
 FULL: dict[str, Any] = {"return_dict_in_generate": True, "output_logprobs": True}
 ENDS = {"eos_token_id": [11, 12, 13, 14, 15, 16, 17, 18], "pad_token_id": 0}
@@ -192,6 +192,25 @@ def test_a_stream_in_the_way_of_a_larger_engine(model: GPT2LMHeadModel, count: l
     assert len(count) == 1
     tokens += [step.token_ids for step in stream]
     assert [[9, 10, *(token for [token] in tokens)]] * 30 == rows.tolist()
+
+
+def test_streams_in_all_slots(model: GPT2LMHeadModel, count: list[int]) -> None:
+    """Others do not wait for them, as their reader may be the one who waits; nor are they run
+    further than they are read."""
+    keywords = {"max_new_tokens": 6, "eos_token_id": []}
+    expected = model.generate([[9, 10]], **keywords)
+    slots = engine_of(model).slots
+    streams = [model.stream([[9, 10]], **keywords) for _ in range(slots)]
+    tokens = [[9, 10, next(stream).token_ids[0]] for stream in streams]
+    assert model.generate([[9, 10]], **keywords).equal(expected)
+    assert len(count) == 1
+    streams.pop().close()  # type: ignore[attr-defined]
+    assert model.generate([[9, 10]], **keywords).equal(expected)
+    assert len(count) == 1
+    runner = engine_of(model)._runner
+    assert sorted(runner.state.lengths.tolist()) == [2] * (slots - 1) + [7]
+    for stream, row in zip(streams, tokens, strict=False):
+        assert [*row, *(step.token_ids[0] for step in stream)] == expected[0].tolist()
 
 
 def test_seeds_are_drawn_once(model: GPT2LMHeadModel) -> None:
