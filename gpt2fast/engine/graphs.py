@@ -1,12 +1,17 @@
 """Work on a CUDA device that is recorded once and replayed: a graph for each kind of step."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 
 Work = Callable[[], None]
+
+# Streams of objects that were closed. Libraries keep a workspace for every stream they ever saw, of
+# up to 32 MB, so new ones are made only where none is left.
+_UNUSED_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 class Replayer:
@@ -28,8 +33,11 @@ class Replayer:
         self._pool: Any = None  # all graphs work in the same memory, one after the other
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._stream = torch.cuda.Stream()
+            with contextlib.suppress(IndexError):
+                self._stream = _UNUSED_STREAMS[device].pop()
+            if self._stream is None:
+                with torch.cuda.device(device):
+                    self._stream = torch.cuda.Stream()
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -80,3 +88,10 @@ class Replayer:
             self._stream.synchronize()
         self._graphs.clear()
         self._pool = None  # it ends with the last graph that works in it
+
+    def close(self) -> None:
+        """Drop everything; nothing may be run afterwards."""
+        self.forget()
+        if self._stream is not None:
+            _UNUSED_STREAMS[self._device].append(self._stream)
+            self._stream = None

@@ -39,7 +39,6 @@ DRIVERS = ("auto", "graph", "persistent")
 ROWS_OF_A_PROMPT = 64
 _PROMPT_LENGTHS = (128, 256, 512, 1024)  # buckets; beside them the capacity
 _SHORTEST_CONTEXT = 64  # contexts come in powers of two from here on, for the number of splits
-_LOOK_EVERY = 16
 # How far the two drivers' hidden states may lie apart, of the largest: they add up in other orders.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _ALIGNMENT = 8  # elements; loads are of 16 bytes
@@ -85,7 +84,7 @@ class TritonRunner:
 
     shares_prefix = True
     proposes = True
-    look_every = _LOOK_EVERY
+    look_every = 16
 
     def __init__(
         self,
@@ -221,7 +220,7 @@ class TritonRunner:
 
         persistent = self._persistent(buffers, plain)
         if persistent is not None:
-            # One launch for all steps: there is nothing to record.
+            # Where it counts one launch serves all steps: there is nothing to record.
             decode_step.decode_persistent(
                 self.weights,
                 self.state,
@@ -248,7 +247,8 @@ class TritonRunner:
         automatic = self._driver == "auto"
         if buffers.rows > FEW_ROWS or self._driver == "graph":
             return None
-        if automatic and (self._device.type == "cpu" or not self._trusted):
+        # Where tokens are chosen by their logits it is two launches a step, on the host's time.
+        if automatic and (self._device.type == "cpu" or not self._trusted or not plain):
             return None
         key = buffers.rows, buffers.splits, plain
         if key not in self._resident:
@@ -364,7 +364,7 @@ class TritonRunner:
         return list(layers)
 
     def close(self) -> None:
-        self._replayer.forget()
+        self._replayer.close()
         self._buffers.clear()
         self._resident.clear()
         self._tables.clear()

@@ -30,13 +30,16 @@ def random_ids(length: int) -> Tensor:
     return torch.randint(50257, (length,), device="cuda")
 
 
-def generated(runner: Any, prompts: list[Tensor], drafts: int = 0) -> list[list[int]]:
+def generated(
+    runner: Any, prompts: list[Tensor], drafts: int = 0, plain: bool = False
+) -> list[list[int]]:
     slots = range(len(prompts))
     for slot, ids in enumerate(prompts):
         start(runner, slot, ids, NEW)
     longest = max(map(len, prompts))
     for _ in range(3):
-        runner.advance(slots, (NEW - 1) // (3 * (drafts + 1)), drafts, 2, context=longest + NEW)
+        steps = (NEW - 1) // (3 * (drafts + 1))
+        runner.advance(slots, steps, drafts, 2, plain=plain, context=longest + NEW)
     return [tokens(runner, slot) for slot in slots]
 
 
@@ -77,18 +80,34 @@ def test_logits_are_within_the_budget(rows: int, dtype: torch.dtype) -> None:
     runner.close()
 
 
+@pytest.mark.parametrize("plain_steps", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SIZES[:2])
-def test_both_drivers_give_the_same(name: str, dtype: torch.dtype, rows: int) -> None:
-    model = sized(name, dtype)
+def test_both_drivers_give_the_same(name: str, rows: int, plain_steps: bool) -> None:
+    """In float32, where their different order of summing up decides nothing."""
+    model = sized(name)
     prompts = [random_ids(n) for n in (100, 5, 333, 64)[:rows]]
     found = []
     for driver in ("graph", "persistent"):
         runner = TritonRunner(model, rows, 400, driver=driver)
-        found.append(generated(runner, prompts))
+        found.append(generated(runner, prompts, plain=plain_steps))
         runner.close()
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_persistent_kernel_is_trusted(name: str) -> None:
+    """In bfloat16: its own comparison with the kernels by phases finds nothing."""
+    model = sized(name, torch.bfloat16)
+    runner = TritonRunner(model, 2, 400)
+    prompts = [random_ids(300), random_ids(20)]
+    got = generated(runner, prompts, plain=True)
+    assert runner._trusted
+    assert runner._resident
+    chosen = torch.tensor([got[0][300:]], device="cuda")
+    short, allowed = shortfalls(rounded_model(model, None), model, prompts[0][None], chosen)
+    assert short <= allowed
+    runner.close()
 
 
 @pytest.mark.parametrize("drafts", [1, 3, 7])
@@ -159,8 +178,7 @@ def test_closing_frees_the_memory() -> None:
         runner.close()
         del runner
         gc.collect()
-        torch.cuda.empty_cache()
-        held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        held = torch.cuda.memory_allocated()
         before = before or held  # the first leaves the libraries' workspaces behind
         assert held == before
 

@@ -1,6 +1,7 @@
 """Recording and replaying, with stand-ins for a CUDA device."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpt2fast.engine import graphs
 from gpt2fast.engine.graphs import Replayer
 
 
@@ -47,6 +49,7 @@ class Device:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    monkeypatch.setattr(graphs, "_UNUSED_STREAMS", defaultdict(list))
     return Device(monkeypatch)
 
 
@@ -93,6 +96,20 @@ def test_streams_wait_for_each_other(device: Device) -> None:
     with pytest.raises(KeyError):
         failing()
     assert device.log == ["own waits for current", "work", "current waits for own"]
+
+
+def test_streams_are_used_again(device: Device) -> None:
+    """Libraries keep memory for each of them."""
+    gpu = torch.device("cuda", 0)
+    first, second = Replayer(gpu), Replayer(gpu)
+    streams = first._stream, second._stream
+    assert streams[0] is not streams[1]
+    first.close()
+    first.close()
+    third, fourth = Replayer(gpu), Replayer(gpu)
+    assert third._stream is streams[0]
+    assert fourth._stream is not streams[1]
+    assert Replayer(torch.device("cuda", 1))._stream is not None
 
 
 def test_other_devices_record_nothing() -> None:
