@@ -234,7 +234,7 @@ class TritonRunner:
             return
 
         def work() -> None:
-            if drafts:
+            if drafts and ngram:
                 decode_step.propose(self.state, buffers, drafts, ngram, pdl=self._pdl)
             self._evaluate(buffers, plain)
             self._choose(buffers, drafts, plain)

@@ -16,6 +16,7 @@ from gpt2fast.engine.runner import OutOfMemory
 from gpt2fast.engine.torch_runner import TorchRunner
 from gpt2fast.engine.triton_runner import TritonRunner, unsupported
 from gpt2fast.engine.weights import pack
+from gpt2fast.kernels import decode_step
 from gpt2fast.kernels._triton import configs
 from gpt2fast.kernels._triton.target import Target, assume
 from gpt2fast.kernels.decode_state import EOS, IDLE, LIMIT, RUNNING
@@ -125,6 +126,45 @@ def test_drafts_change_no_token(plain_steps: bool) -> None:
         got = tokens(runner, slot)
         assert got == plain(model, ids, len(got) - len(ids))
         assert len(got) >= len(ids) + 3
+
+
+def test_persistent_kernel() -> None:
+    model, ids = tiny(n_layer=1), prompt(2)
+    runner = TritonRunner(model, 1, POSITIONS, driver="persistent")
+    start(runner, 0, ids, 4)
+    runner.advance([0], 2, plain=True, context=2)
+    runner.advance([0], 1)
+    assert tokens(runner, 0) == plain(model, ids, 4)
+
+
+@pytest.mark.parametrize("error", [None, 0.01, float("nan"), RuntimeError("not resident")])
+def test_persistent_kernel_is_not_trusted_blindly(
+    error: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = TritonRunner(tiny(n_layer=1), 1, POSITIONS)
+    start(runner, 0, prompt(1), 4)
+    before = copy.deepcopy(runner.state)
+    buffers = runner._rows([0], [0], 1)
+    persistent = decode_step.persistent_buffers(buffers)
+
+    def decode(weights: Any, state: Any, cache: Any, own: Any, steps: int, greedy: bool) -> None:
+        if isinstance(error, Exception):
+            raise error
+        runner._evaluate(buffers, greedy)
+        own.best_value.fill_(buffers.best_value.max())
+        if error is not None:
+            own.residual[0, 3] += error * own.residual.abs().max()
+        state.tokens.zero_()  # it chooses and commits
+
+    monkeypatch.setattr(decode_step, "decode_persistent", decode)
+    if error is None:
+        assert runner._agrees(buffers, persistent, True)
+    else:
+        with pytest.warns(UserWarning, match="a kernel a phase instead of one kernel: "):
+            assert not runner._agrees(buffers, persistent, True)
+    assert runner._trusted == (error is None)
+    assert torch.equal(runner.state.tokens, before.tokens)
+    assert torch.equal(runner.state.lengths, before.lengths)
 
 
 def test_accepted_drafts_save_steps() -> None:
