@@ -441,13 +441,17 @@ def decode_rows_tile(outputs: int, rows: int, target: Target) -> DecodeRowsTile:
     once: one tile a program, of few outputs, and as many programs as that takes; they are resident
     together. Two outputs a warp read the rows from L1 half as often, but 768 or 1600 outputs are
     then less than two warps on each quarter of a multiprocessor. The head is many times as long:
-    programs go over it in a loop, two sweeps of up to 64 KB a multiprocessor under way.
+    programs go over it in a loop, two sweeps of up to 64 KB a multiprocessor under way. With four
+    rows the registers hold shorter sweeps.
     """
+    if rows == 4:
+        repeat = 2 if outputs >= 16 * target.multiprocessors else 1
+        return DecodeRowsTile(warps=4, repeat=repeat, unroll=2, programs=3)
     if outputs >= 16 * 4 * target.multiprocessors:
         return DecodeRowsTile(warps=4, repeat=2, unroll=3, programs=3)
     if outputs >= 16 * target.multiprocessors:
         return DecodeRowsTile(warps=4, repeat=2, unroll=4, programs=4)
-    return DecodeRowsTile(warps=4, repeat=1, unroll=6 if rows < 4 else 4, programs=4)
+    return DecodeRowsTile(warps=4, repeat=1, unroll=6, programs=4)
 
 
 def decode_rows_keep(rows: int, inputs: int) -> bool:
@@ -465,12 +469,13 @@ PERSISTENT_WARPS = 8
 # Bytes of the next weights that a program asks for in L2: 8 MB in all, of which nothing that is
 # needed before is displaced.
 PERSISTENT_AHEAD = 64 << 10
-# Registers a thread for weights, sums and inputs; the rest of 255 holds addresses.
-_PERSISTENT_REGISTERS = 140
+# Registers a thread for weights, sums and inputs; the rest of 255 holds addresses. Compute
+# capability 8 has none that a warp's threads share for those.
+_PERSISTENT_REGISTERS, _PERSISTENT_REGISTERS_8 = 140, 100
 
 
 def persistent_tile(
-    outputs: int, inputs: int, bits: int, rows: int, programs: int
+    outputs: int, inputs: int, bits: int, rows: int, programs: int, target: Target
 ) -> DecodeRowsTile:
     """All that a program multiplies in a phase at once, or in as few parts as registers allow.
 
@@ -482,12 +487,13 @@ def persistent_tile(
     a_warp = -(-outputs // (programs * PERSISTENT_WARPS))
     tile = lanes // 32  # registers of a float32 tile
     inputs_held = rows * chunks if decode_rows_keep(rows, inputs) else rows + 2
+    most = _PERSISTENT_REGISTERS if target.has_tma else _PERSISTENT_REGISTERS_8
     best = (chunks * a_warp + 1, 0, 0)
     for repeat in range(1, min(a_warp, 8) + 1):
         for sweeps in range(1, chunks + 1):
             unroll = -(-chunks // sweeps)
             held = 2 * 4 * repeat * unroll + tile * (repeat * rows + inputs_held * 3 // 2)
-            if held <= _PERSISTENT_REGISTERS or (repeat == 1 and unroll <= 2):
+            if held <= most or (repeat == 1 and unroll <= 2):
                 parts = -(-a_warp // repeat) * -(-chunks // unroll)
                 best = min(best, (parts, repeat, unroll))
     return DecodeRowsTile(PERSISTENT_WARPS, *best[1:], programs=1)

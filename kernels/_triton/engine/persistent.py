@@ -23,7 +23,7 @@ from gpt2fast.kernels._triton.engine.attention import attention_phase, combine_p
 from gpt2fast.kernels._triton.engine.barrier import arrive, first_epoch, hold, prefetch, wait
 from gpt2fast.kernels._triton.engine.linear import share_of
 from gpt2fast.kernels._triton.layer_norm import append_tile
-from gpt2fast.kernels._triton.target import current_target
+from gpt2fast.kernels._triton.target import Target, current_target
 from gpt2fast.kernels.decode_state import RUNNING, DecodeState
 from gpt2fast.kernels.decode_step import StepBuffers
 from gpt2fast.kernels.packing import DecodeWeights, Matrix
@@ -291,11 +291,13 @@ def _matrix(matrix: Matrix) -> tuple[Tensor | None, ...]:
     return matrix.data, matrix.scale, matrix.bias
 
 
-def _tiles(weights: DecodeWeights, rows: int, programs: int) -> dict[str, int]:
+def _tiles(weights: DecodeWeights, rows: int, programs: int, target: Target) -> dict[str, int]:
     tiles = {}
     for name in ("qkv", "out", "fc", "proj", "head"):
         matrix = getattr(weights, name)
-        tile = configs.persistent_tile(matrix.outputs, matrix.inputs, matrix.bits, rows, programs)
+        tile = configs.persistent_tile(
+            matrix.outputs, matrix.inputs, matrix.bits, rows, programs, target
+        )
         tiles[f"{name.upper()}_REPEAT"] = tile.repeat
         tiles[f"{name.upper()}_UNROLL"] = tile.unroll
     return tiles
@@ -337,9 +339,7 @@ def _launch_steps(
     width = weights.out.inputs
     keep = configs.decode_rows_keep(rows, width)
     matrices = {n: _matrix(getattr(weights, n)) for n in ("qkv", "out", "fc", "proj", "head")}
-    packed = _Weights(
-        **{n: matrices.get(n, getattr(weights, n)) for n in _Weights._fields}  # type: ignore[arg-type]
-    )
+    packed = _Weights(**{n: matrices.get(n, getattr(weights, n)) for n in _Weights._fields})
     _decode_kernel[(programs,)](
         buffers.arrivals, packed,
         _State(*(getattr(state, name) for name in _State._fields)),
@@ -349,7 +349,8 @@ def _launch_steps(
         ROWS=rows, SPLITS=buffers.splits, MERGE=buffers.splits > 1 and keep, KEEP=keep,
         GREEDY=greedy, DRAFTS=drafts, NGRAM=ngram if drafts else 0,
         BITS=weights.qkv.bits, HEAD_BITS=weights.head.bits,
-        PROGRAMS=programs, WARPS=configs.PERSISTENT_WARPS, **_tiles(weights, rows, programs),
+        PROGRAMS=programs, WARPS=configs.PERSISTENT_WARPS,
+        **_tiles(weights, rows, programs, target),
         BLOCK_C=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(head_size),
         BLOCK_S=configs.engine_attention(cache.element_size(), head_size).block_s,
         COMBINE_BLOCK=configs.ENGINE_COMBINE_BLOCK, PROPOSE_BLOCK=configs.ENGINE_PROPOSE_BLOCK,
