@@ -32,8 +32,11 @@ _GROUP = tl.constexpr(128)  # packing.INT4_GROUP
 
 @triton.constexpr_function
 def lanes_of(bits):
-    """LANES: inner products' terms that a warp loads at a time."""
-    return 512 if bits == 4 else 4096 // bits
+    """LANES: inner products' terms that a warp loads at a time.
+
+    16 bytes a thread of 32 and 16 bits, 8 of fewer: each term takes a register for each row.
+    """
+    return {32: 128, 16: 256, 8: 256, 4: 512}[bits]
 
 
 @triton.jit

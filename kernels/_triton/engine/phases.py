@@ -261,9 +261,9 @@ def head(
 ):  # fmt: skip
     """logits float32 ``[M, N]`` = LN_f(x) W.
 
-    GREEDY: instead, of each program's share of a row's logits, the largest (best_value float32),
-    its first place (best_index int32) and the sum of exp(logit - largest) (best_sum float32), each
-    ``[M, programs]``.
+    GREEDY: instead, or beside them unless KEEP, of each program's share of a row's logits, the
+    largest (best_value float32), its first place (best_index int32) and the sum of
+    exp(logit - largest) (best_sum float32), each ``[M, programs]``.
     """
     low, high = share_of(program, programs, N)
     kept = normalize_inputs(x_ptr, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
@@ -285,7 +285,9 @@ def head(
                 value = results[repeat * ROWS + row]
                 if GREEDY:
                     better += (keep_best(best[row], value, offs_n, mask),)
-                else:
+                # A loop without a store: its loads of the rows, equal in every turn, would be moved
+                # before it, and not fit into registers.
+                if not GREEDY or not KEEP:
                     tl.store(logits_ptr + row * N + offs_n, value, mask=mask)
             if GREEDY:
                 best = better
