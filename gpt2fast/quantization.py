@@ -187,12 +187,12 @@ def _targets(model: "PreTrainedModel") -> list[tuple[str, Any]]:
 
 def _mark(model: "PreTrainedModel", mode: str) -> None:
     """Write the mode into the model's configuration, which float models may share."""
-    config = copy.copy(model.config)
+    shared = model.config
+    config = copy.copy(shared)
     setattr(config, CONFIG_FIELD, {"quant_method": METHOD, "mode": mode})
     for module in model.modules():
-        if getattr(module, "config", None) is model.config:
-            module.config = config
-    model.config = config
+        if vars(module).get("config") is shared:
+            vars(module)["config"] = config
 
 
 def _check(name: str, module: nn.Module) -> None:

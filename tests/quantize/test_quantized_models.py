@@ -123,6 +123,7 @@ def test_modules_and_their_memory(floats: GPT2LMHeadModel, mode: str, tied: bool
     assert forms <= most * before
     assert mode != "int4" or forms < 0.8 * before
     assert model.config.quantization_config == {"quant_method": "gpt2fast", "mode": mode}
+    assert model.transformer.config is model.config
 
 
 def test_state_dicts(floats: GPT2LMHeadModel, mode: str) -> None:
