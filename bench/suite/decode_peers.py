@@ -24,19 +24,17 @@ def transformers_model(model: Any, activation: str) -> Any:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    config = transformers.GPT2Config(
-        **{
-            **model.config.to_dict(),
-            "activation_function": activation,
-            "eos_token_id": None,
-            "bos_token_id": None,
-            "pad_token_id": 0,
-        },
-        attn_implementation="sdpa",
-    )
-    with torch.device("meta"):
-        theirs = transformers.GPT2LMHeadModel(config)
-    theirs = theirs.to_empty(device=model.device).to(model.dtype).eval()
+    fields = {
+        **model.config.to_dict(),
+        "activation_function": activation,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+    }
+    del fields["model_type"]
+    config = transformers.GPT2Config(**fields, attn_implementation="sdpa")
+    with model.device:
+        theirs = transformers.GPT2LMHeadModel(config).to(model.dtype).eval()
     theirs.load_state_dict(model.state_dict(), strict=False)
     theirs.tie_weights()
     return theirs
