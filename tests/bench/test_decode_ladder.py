@@ -1,0 +1,69 @@
+"""The decode ladder: which cases there are, and that no wrong token is timed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.suite import decode, decode_peers
+from bench.suite.decode import GENERATE, INT8, LOOP, OURS, DecodeCase, decode_cases
+from gpt2fast.engine.runner import OutOfMemory
+
+SIZES = (("n_layer", 2), ("n_embd", 64), ("n_head", 2), ("vocab_size", 97), ("n_positions", 48))
+CPU = torch.device("cpu")
+
+
+def test_cases() -> None:
+    cases = decode_cases("full")
+    assert cases[0].name == "decode gpt2 B1 after 512"
+    assert cases[0].contenders == decode.ALL
+    assert len({case.name for case in cases}) == len(cases) == 4 * 4 * 3
+    assert all(OURS in case.contenders for case in cases)
+
+
+def test_peers_generate_what_the_model_does() -> None:
+    torch.manual_seed(0)
+    model = decode_peers.random_model("tiny", dict(SIZES), torch.float32, CPU)
+    ids = torch.randint(97, (2, 7))
+    expected = decode_peers.our_generate(model)(ids, 5)
+    assert len(expected.unique()) > 2
+    for activation in ("gelu_new", "gelu_pytorch_tanh"):
+        theirs = decode_peers.transformers_model(model, activation)
+        for static in (False, True):
+            assert torch.equal(decode_peers.transformers_generate(theirs, static)(ids, 5), expected)
+
+
+def test_shortfall_of_a_wrong_token() -> None:
+    torch.manual_seed(0)
+    model = decode_peers.random_model("tiny", dict(SIZES), torch.bfloat16, CPU)
+    ids = torch.randint(97, (2, 7))
+    chosen = decode_peers.our_generate(model)(ids, 5)
+    exact = decode.rounded_model(model, None)
+    short, allowed = decode.shortfalls(exact, model, ids, chosen)
+    assert short <= allowed
+    chosen[1, 3] = (chosen[1, 3] + 1) % 97
+    short, allowed = decode.shortfalls(exact, model, ids, chosen)
+    assert short > 5 * allowed
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(contest: decode._Contest, name: str) -> decode_peers.Generate:
+        right = decode_peers.our_generate(contest.model)
+
+        def generate(ids: Tensor, new_tokens: int) -> Tensor:
+            if name == INT8:
+                raise OutOfMemory("no memory\nmore")
+            return right(ids, new_tokens) + (name == GENERATE)
+
+        return generate
+
+    monkeypatch.setattr(decode._Contest, "_built", built)
+    case = DecodeCase("tiny", 2, 5, (OURS, INT8, GENERATE, LOOP), SIZES, 3)
+    said: list[str] = []
+    contest = decode._Contest(
+        case, CPU, lambda phase, seconds: said.append(phase), {LOOP: "exit status 11"}, True
+    )
+    assert set(contest.ready) == {OURS}
+    assert "below the best" in contest.reports[GENERATE]["wrong"]
+    assert contest.reports[INT8] == {"not measured": "OutOfMemory: no memory"}
+    assert contest.reports[LOOP] == {"not measured": "exit status 11"}
+    assert said == [f"provider {name}" for name in (OURS, INT8, GENERATE)]
