@@ -441,12 +441,11 @@ def decode_rows_tile(outputs: int, rows: int, target: Target) -> DecodeRowsTile:
     once: one tile a program, of few outputs, and as many programs as that takes; they are resident
     together. Two outputs a warp read the rows from L1 half as often, but 768 or 1600 outputs are
     then less than two warps on each quarter of a multiprocessor. The head is many times as long:
-    programs go over it in a loop, two sweeps of up to 64 KB a multiprocessor under way. With four
-    rows the registers hold shorter sweeps.
+    programs go over it in a loop, two sweeps of up to 64 KB a multiprocessor under way. Of four
+    rows the registers hold one output a warp, in short sweeps: two spill at width 1600.
     """
     if rows == 4:
-        repeat = 2 if outputs >= 16 * target.multiprocessors else 1
-        return DecodeRowsTile(warps=4, repeat=repeat, unroll=2, programs=3)
+        return DecodeRowsTile(warps=4, repeat=1, unroll=2, programs=4)
     if outputs >= 16 * 4 * target.multiprocessors:
         return DecodeRowsTile(warps=4, repeat=2, unroll=3, programs=3)
     if outputs >= 16 * target.multiprocessors:

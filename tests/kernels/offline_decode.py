@@ -78,7 +78,7 @@ def _launch(
 _SIXTEEN, _THIRTY_TWO = {"dtype": torch.float16}, {"dtype": torch.float32, "bits": 32}
 for _phases, _rows, _width, _options in (
     ("embed, qkv, merge, fc, proj, greedy head", 1, 768, {}),
-    ("qkv, proj, head", 4, 1600, {"bits": 8, **_SIXTEEN}),
+    ("qkv, head", 4, 1600, {"bits": 8, **_SIXTEEN}),
     ("fc", 1, 1600, {"bits": 4}),
     ("qkv, greedy head", 4, 1600, {}),
     ("proj", 2, 768, _THIRTY_TWO),
