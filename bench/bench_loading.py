@@ -14,7 +14,7 @@ import pytest
 from bench.cpu.loading import imports, loading
 from bench.cpu.processes import Process
 from bench.cpu.record import QUICK, RECORD, RESULTS, THREADS, Record
-from bench.cpu.table import BASE, LOADING, QUICK_COMPANY
+from bench.cpu.table import BASE, LOADING
 from bench.report import loading_table, missing
 
 UNTIL = 0.2  # of the minutes given
@@ -41,7 +41,7 @@ def test_loading(record: Record, model: str) -> None:
         pytest.skip("no time left")
     made = loading(
         model,
-        QUICK_COMPANY if QUICK else LOADING,
+        LOADING,
         BASE,
         ROUNDS,
         partial(Process, model=model, threads=THREADS),
