@@ -37,10 +37,10 @@ def attention_phase(
     q_ptr, cache_ptr, scales_ptr, out_ptr, partial_ptr, sums_ptr,
     row_slots_ptr, row_offsets_ptr, lengths_ptr, prefix_slots_ptr, prefix_lengths_ptr,
     layer, slots, capacity,
-    M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """All splits of all heads of M rows, dealt out among the programs.
+    """All splits of all heads of M = ``rows`` rows, dealt out among the programs.
 
     q ``[M, C]``; cache ``[L, 2, slots, HEADS, capacity, HEAD_SIZE]`` of `CACHE_DTYPES`; scales
     float32 ``[L]``; row_slots and row_offsets int32 ``[M]``; the rest is `DecodeState`'s. With one
@@ -54,7 +54,7 @@ def attention_phase(
     scale = tl.load(scales_ptr + layer) * LOG2_E
     # Rows outermost: programs beside each other read one row's keys, and each gets its part of
     # long rows and short ones.
-    for item in range(program, M * HEADS * SPLITS, programs):
+    for item in range(program, rows * HEADS * SPLITS, programs):
         split = item % SPLITS
         head = item // SPLITS % HEADS
         row = item // (SPLITS * HEADS)
@@ -138,13 +138,13 @@ def merged_heads(
 @triton.jit
 def combine_phase(
     program, programs, partial_ptr, sums_ptr, out_ptr,
-    M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr,
+    rows, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`merged_heads` of M rows into out ``[M, C]``, BLOCK channels at a time."""
+    """`merged_heads` of M = ``rows`` rows into out ``[M, C]``, BLOCK channels at a time."""
     CHANNELS: tl.constexpr = HEADS * HEAD_SIZE
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
-    for item in range(program, M * BLOCKS, programs):
+    for item in range(program, rows * BLOCKS, programs):
         row = item // BLOCKS
         channel = item % BLOCKS * BLOCK + tl.arange(0, BLOCK)
         mask = channel < CHANNELS
@@ -153,12 +153,12 @@ def combine_phase(
         tl.store(out, merged.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["layer", "slots", "capacity"])
+@triton.jit(do_not_specialize=["layer", "slots", "capacity", "rows"])
 def _attend_kernel(
     q_ptr, cache_ptr, scales_ptr, out_ptr, partial_ptr, sums_ptr,
     row_slots_ptr, row_offsets_ptr, lengths_ptr, prefix_slots_ptr, prefix_lengths_ptr,
     layer, slots, capacity,
-    M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`attention_phase` on a grid of any size."""
@@ -169,14 +169,14 @@ def _attend_kernel(
         q_ptr, cache_ptr, scales_ptr, out_ptr, partial_ptr, sums_ptr,
         row_slots_ptr, row_offsets_ptr, lengths_ptr, prefix_slots_ptr, prefix_lengths_ptr,
         layer, slots, capacity,
-        M, HEADS, HEAD_SIZE, BLOCK_D, BLOCK_S, SPLITS,
+        rows, HEADS, HEAD_SIZE, BLOCK_D, BLOCK_S, SPLITS,
     )  # fmt: skip
 
 
 @triton.jit
 def _combine_kernel(
     partial_ptr, sums_ptr, out_ptr,
-    M: tl.constexpr, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr,
+    rows, HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`combine_phase` on a grid of any size."""
@@ -184,7 +184,7 @@ def _combine_kernel(
     wait_for_previous(PDL)
     combine_phase(
         tl.program_id(0), tl.num_programs(0), partial_ptr, sums_ptr, out_ptr,
-        M, HEADS, HEAD_SIZE, SPLITS, BLOCK,
+        rows, HEADS, HEAD_SIZE, SPLITS, BLOCK,
     )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def launch_attend(
         buffers.slots, buffers.offsets,
         state.lengths, state.prefix_slots, state.prefix_lengths,
         layer, slots, capacity,
-        M=rows, HEADS=heads, HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size),
+        rows, HEADS=heads, HEAD_SIZE=head_size, BLOCK_D=triton.next_power_of_2(head_size),
         BLOCK_S=config.block_s, SPLITS=splits, PDL=pdl,
         num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
@@ -223,7 +223,7 @@ def launch_combine(weights: DecodeWeights, buffers: StepBuffers, pdl: bool = Fal
     block = configs.ENGINE_COMBINE_BLOCK
     _combine_kernel[(rows * triton.cdiv(width, block),)](
         buffers.partial, buffers.sums, buffers.merged,
-        M=rows, HEADS=weights.heads, HEAD_SIZE=width // weights.heads, SPLITS=splits, BLOCK=block,
+        rows, HEADS=weights.heads, HEAD_SIZE=width // weights.heads, SPLITS=splits, BLOCK=block,
         PDL=pdl, num_warps=configs.ENGINE_COMBINE_WARPS, launch_pdl=pdl,
     )  # fmt: skip
 

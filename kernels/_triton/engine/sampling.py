@@ -45,16 +45,16 @@ def _runs(slot, status_ptr):
 def select_best(
     program, programs,
     best_value_ptr, best_index_ptr, best_sum_ptr, slots_ptr, status_ptr, chosen_ptr, log_probs_ptr,
-    M: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
+    rows, SHARES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Choose the largest logit of each of M rows from what the head left of its SHARES.
+    """Choose the largest logit of each row from what the head left of its SHARES; M = ``rows``.
 
     best_value, best_index, best_sum as in `StepBuffers`. Writes chosen int64 ``[M]``, -1 where
     there is no finite maximum, and log_probs float32 ``[M]``. BLOCK >= SHARES.
     """
     offs = tl.arange(0, BLOCK)
     mask = offs < SHARES
-    for row in range(program, M, programs):
+    for row in range(program, rows, programs):
         if _runs(tl.load(slots_ptr + row), status_ptr):
             share = row * SHARES + offs
             value = tl.load(best_value_ptr + share, mask=mask, other=-float("inf"))
@@ -101,16 +101,16 @@ def select(
     tokens_ptr, lengths_ptr, least_ptr, eos_ptr, status_ptr, temperature_ptr, top_k_ptr, top_p_ptr,
     min_p_ptr, penalty_ptr, uniforms_ptr, seen_ptr, scored_ptr,
     capacity, V,
-    M: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+    rows, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Choose a token for each of M rows as its slot's settings say, a row a program.
+    """Choose a token for each of M = ``rows`` rows as its slot's settings say, a row a program.
 
     logits float32 ``[M, V]``, which are not changed; scores, as large, and candidates int64
     ``[M, CANDIDATES]`` for the time of the call. Writes chosen int64 ``[M]``, -1 where there is no
     finite best score, and of slots that are scored log_probs float32 ``[M]``. Rows behind the
     capacity are skipped.
     """
-    for row in range(program, M, programs):
+    for row in range(program, rows, programs):
         slot = tl.load(slots_ptr + row).to(tl.int64)
         drafts = tl.load(offsets_ptr + row)
         position = tl.load(lengths_ptr + tl.maximum(slot, 0)) + drafts
@@ -156,7 +156,7 @@ def commit(
     chosen_ptr, chosen_log_probs_ptr, slots_ptr,
     tokens_ptr, lengths_ptr, limits_ptr, eos_ptr, status_ptr, seen_ptr, scored_ptr, log_probs_ptr,
     capacity, V,
-    M: tl.constexpr, DRAFTS: tl.constexpr,
+    rows, DRAFTS: tl.constexpr,
 ):  # fmt: skip
     """Keep what counts of the tokens chosen for each group of DRAFTS + 1 rows.
 
@@ -165,7 +165,7 @@ def commit(
     seen, log_probs, where they are asked for, lengths and status. Rows that make no whole group
     are not looked at.
     """
-    for group in range(program, M // (DRAFTS + 1), programs):
+    for group in range(program, rows // (DRAFTS + 1), programs):
         slot = tl.load(slots_ptr + group * (DRAFTS + 1)).to(tl.int64)
         if _runs(slot, status_ptr):
             length = tl.load(lengths_ptr + slot)
@@ -202,14 +202,14 @@ def commit(
 @triton.jit
 def propose(
     program, programs, slots_ptr, tokens_ptr, lengths_ptr, status_ptr, capacity,
-    M: tl.constexpr, DRAFTS: tl.constexpr, NGRAM: tl.constexpr, BLOCK: tl.constexpr,
+    rows, DRAFTS: tl.constexpr, NGRAM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write DRAFTS tokens behind the newest one of each group of DRAFTS + 1 rows.
 
     They are what followed the last occurrence of the longest n-gram, of up to NGRAM tokens, that
     ends the sequence, going round where it overlaps the end; or the newest token again.
     """
-    for group in range(program, M // (DRAFTS + 1), programs):
+    for group in range(program, rows // (DRAFTS + 1), programs):
         slot = tl.load(slots_ptr + group * (DRAFTS + 1)).to(tl.int64)
         if _runs(slot, status_ptr):
             sequence = tokens_ptr + slot * (capacity + 1)
@@ -234,12 +234,12 @@ def propose(
                     tl.store(sequence + count + draft, token)
 
 
-@triton.jit(do_not_specialize=["capacity", "V"])
+@triton.jit(do_not_specialize=["capacity", "V", "rows"])
 def _select_best_kernel(
     best_value_ptr, best_index_ptr, best_sum_ptr, slots_ptr, chosen_ptr, chosen_log_probs_ptr,
     tokens_ptr, lengths_ptr, limits_ptr, eos_ptr, status_ptr, seen_ptr, scored_ptr, log_probs_ptr,
     capacity, V,
-    M: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr, COMMIT: tl.constexpr,
+    rows, SHARES: tl.constexpr, BLOCK: tl.constexpr, COMMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """`select_best` on a grid of any size; with COMMIT, `commit` of steps without drafts too."""
@@ -249,18 +249,18 @@ def _select_best_kernel(
     select_best(
         program, programs,
         best_value_ptr, best_index_ptr, best_sum_ptr, slots_ptr, status_ptr,
-        chosen_ptr, chosen_log_probs_ptr, M, SHARES, BLOCK,
+        chosen_ptr, chosen_log_probs_ptr, rows, SHARES, BLOCK,
     )  # fmt: skip
     if COMMIT:
         tl.debug_barrier()  # without drafts a program commits what it has chosen
         commit(
             program, programs, chosen_ptr, chosen_log_probs_ptr, slots_ptr,
             tokens_ptr, lengths_ptr, limits_ptr, eos_ptr, status_ptr, seen_ptr, scored_ptr,
-            log_probs_ptr, capacity, V, M, 0,
+            log_probs_ptr, capacity, V, rows, 0,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["capacity", "V"])
+@triton.jit(do_not_specialize=["capacity", "V", "rows"])
 def _select_kernel(
     logits_ptr, slots_ptr, offsets_ptr, chosen_ptr, chosen_log_probs_ptr, scores_ptr,
     candidates_ptr,
@@ -268,7 +268,7 @@ def _select_kernel(
     top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, uniforms_ptr, seen_ptr, scored_ptr,
     log_probs_ptr,
     capacity, V,
-    M: tl.constexpr, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, COMMIT: tl.constexpr,
+    rows, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, COMMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """`select` on a grid of any size; with COMMIT, `commit` of steps without drafts too."""
@@ -281,23 +281,23 @@ def _select_kernel(
     candidates_ptr,
         tokens_ptr, lengths_ptr, least_ptr, eos_ptr, status_ptr, temperature_ptr,
         top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, uniforms_ptr, seen_ptr, scored_ptr,
-        capacity, V, M, BLOCK, CANDIDATES,
+        capacity, V, rows, BLOCK, CANDIDATES,
     )  # fmt: skip
     if COMMIT:
         tl.debug_barrier()  # without drafts a program commits what it has chosen
         commit(
             program, programs, chosen_ptr, chosen_log_probs_ptr, slots_ptr,
             tokens_ptr, lengths_ptr, limits_ptr, eos_ptr, status_ptr, seen_ptr, scored_ptr,
-            log_probs_ptr, capacity, V, M, 0,
+            log_probs_ptr, capacity, V, rows, 0,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["capacity", "V"])
+@triton.jit(do_not_specialize=["capacity", "V", "rows"])
 def _commit_kernel(
     chosen_ptr, chosen_log_probs_ptr, slots_ptr,
     tokens_ptr, lengths_ptr, limits_ptr, eos_ptr, status_ptr, seen_ptr, scored_ptr, log_probs_ptr,
     capacity, V,
-    M: tl.constexpr, DRAFTS: tl.constexpr, PDL: tl.constexpr,
+    rows, DRAFTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`commit` on a grid of any size."""
     allow_next(PDL)
@@ -305,14 +305,14 @@ def _commit_kernel(
     commit(
         tl.program_id(0), tl.num_programs(0), chosen_ptr, chosen_log_probs_ptr, slots_ptr,
         tokens_ptr, lengths_ptr, limits_ptr, eos_ptr, status_ptr, seen_ptr, scored_ptr,
-        log_probs_ptr, capacity, V, M, DRAFTS,
+        log_probs_ptr, capacity, V, rows, DRAFTS,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["capacity", "rows"])
 def _propose_kernel(
     slots_ptr, tokens_ptr, lengths_ptr, status_ptr, capacity,
-    M: tl.constexpr, DRAFTS: tl.constexpr, NGRAM: tl.constexpr, BLOCK: tl.constexpr,
+    rows, DRAFTS: tl.constexpr, NGRAM: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """`propose` on a grid of any size."""
@@ -320,7 +320,7 @@ def _propose_kernel(
     wait_for_previous(PDL)
     propose(
         tl.program_id(0), tl.num_programs(0),
-        slots_ptr, tokens_ptr, lengths_ptr, status_ptr, capacity, M, DRAFTS, NGRAM, BLOCK,
+        slots_ptr, tokens_ptr, lengths_ptr, status_ptr, capacity, rows, DRAFTS, NGRAM, BLOCK,
     )  # fmt: skip
 
 
@@ -344,7 +344,7 @@ def launch_select(
             state.tokens, state.lengths, state.limits, state.eos, state.status, state.seen,
             state.scored, state.log_probs,
             capacity, vocab_size,
-            M=rows, SHARES=shares, BLOCK=triton.next_power_of_2(shares), COMMIT=at_once, PDL=pdl,
+            rows, SHARES=shares, BLOCK=triton.next_power_of_2(shares), COMMIT=at_once, PDL=pdl,
             num_warps=configs.ENGINE_SELECT_BEST_WARPS, launch_pdl=pdl,
         )  # fmt: skip
     else:
@@ -356,7 +356,7 @@ def launch_select(
             state.temperature, state.top_k, state.top_p, state.min_p, state.penalty,
             state.uniforms, state.seen, state.scored, state.log_probs,
             capacity, vocab_size,
-            M=rows, BLOCK=config.block, CANDIDATES=buffers.candidates.shape[1], COMMIT=at_once,
+            rows, BLOCK=config.block, CANDIDATES=buffers.candidates.shape[1], COMMIT=at_once,
             PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
         )  # fmt: skip
     if not at_once:
@@ -365,7 +365,7 @@ def launch_select(
             state.tokens, state.lengths, state.limits, state.eos, state.status, state.seen,
             state.scored, state.log_probs,
             capacity, vocab_size,
-            M=rows, DRAFTS=drafts, PDL=pdl, num_warps=1, launch_pdl=pdl,
+            rows, DRAFTS=drafts, PDL=pdl, num_warps=1, launch_pdl=pdl,
         )  # fmt: skip
 
 
@@ -375,6 +375,6 @@ def launch_propose(
     """Propose ``drafts`` tokens for each group of ``drafts`` + 1 rows, by matching n-grams."""
     _propose_kernel[(max(1, buffers.rows // (drafts + 1)),)](
         buffers.slots, state.tokens, state.lengths, state.status, state.tokens.shape[1] - 1,
-        M=buffers.rows, DRAFTS=drafts, NGRAM=ngram, BLOCK=configs.ENGINE_PROPOSE_BLOCK,
+        buffers.rows, DRAFTS=drafts, NGRAM=ngram, BLOCK=configs.ENGINE_PROPOSE_BLOCK,
         PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
