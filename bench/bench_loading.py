@@ -17,7 +17,7 @@ from bench.cpu.record import QUICK, RECORD, RESULTS, THREADS, Record
 from bench.cpu.table import BASE, LOADING
 from bench.report import loading_table, missing
 
-UNTIL = 0.2  # of the minutes given
+UNTIL = 0.15  # of the minutes given
 ROUNDS = 1 if QUICK else 2
 
 

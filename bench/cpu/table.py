@@ -32,7 +32,6 @@ _MAKERS: dict[str, Callable[[str, int], Contender]] = {
     "gpt2fast bfloat16": partial(Ours, mode="bfloat16"),
     "gpt2fast fp16": partial(Ours, mode="fp16"),
     "gpt2fast int8": partial(Ours, mode="int8"),
-    "gpt2fast int4": partial(Ours, mode="int4"),
 }
 
 # What computes in float32 throughout must generate the tokens of transformers. llama.cpp reads its
@@ -73,7 +72,6 @@ SMALLER = (
     "gpt2fast bfloat16",
     "gpt2fast fp16",
     "gpt2fast int8",
-    "gpt2fast int4",
 )
 
 # The headline in three minutes.
