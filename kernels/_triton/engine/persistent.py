@@ -287,8 +287,12 @@ def persistent_programs(device: torch.device) -> int:
     return min(configs.PERSISTENT_PROGRAMS, current_target(device).multiprocessors)
 
 
-def _matrix(matrix: Matrix) -> tuple[Tensor | None, ...]:
-    return matrix.data, matrix.scale, matrix.bias
+def _matrix(matrix: Matrix) -> tuple[Tensor, ...]:
+    """Data, scale and bias; the data for what is not there and not read: Triton 3.6 takes no None
+    out of a tuple.
+    """
+    parts = matrix.data, matrix.scale, matrix.bias
+    return tuple(matrix.data if part is None else part for part in parts)
 
 
 def _tiles(weights: DecodeWeights, rows: int, programs: int, target: Target) -> dict[str, int]:
