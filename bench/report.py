@@ -50,9 +50,10 @@ def by_contender(cases: Cases) -> dict[str, dict[str, dict[str, Any]]]:
 def _cell(report: dict[str, Any] | None) -> str:
     if report is None or "p" not in report:
         return "wrong" if report and "wrong" in report else ""
-    times = report["times_base"]
+    times, milliseconds = report["times_base"], 1e3 * report["p"]["p50"]
+    digits = 1 if milliseconds < 100 else 0
     return (
-        f"{1e3 * report['p']['p50']:.3g} ms, **{times['p50']:.2f}** "
+        f"{milliseconds:.{digits}f} ms, **{times['p50']:.2f}** "
         f"({times['p20']:.2f} to {times['p80']:.2f})"
     )
 

@@ -65,12 +65,12 @@ def test_tables(folder: Path) -> None:
     assert lines[start : start + 6] == [
         "|  | 124M, 32 + 128 |",
         "| --- | --- |",
-        f"| {BASE} | 40 ms, **1.00** (0.90 to 1.25) |",  # the first company's, not the second's
+        f"| {BASE} | 40.0 ms, **1.00** (0.90 to 1.25) |",  # the first company's, not the second's
         "| CTranslate2 | wrong |",
-        f"| {BARE} | 20 ms, **2.00** (1.80 to 2.50) |",
-        f"| {OURS} | 25 ms, **1.60** (1.44 to 2.00) |",
+        f"| {BARE} | 20.0 ms, **2.00** (1.80 to 2.50) |",
+        f"| {OURS} | 25.0 ms, **1.60** (1.44 to 2.00) |",
     ]
-    assert "| gpt2fast int8 | 10 ms, **4.00** (3.60 to 5.00) |" in lines
+    assert "| gpt2fast int8 | 10.0 ms, **4.00** (3.60 to 5.00) |" in lines
     assert AGAIN not in part
     assert "From a prompt" not in part  # no record of it
     assert "10.0 GB/s" in part
