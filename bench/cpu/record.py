@@ -1,5 +1,7 @@
 """Records of a run, written after every case; what is asked for by the environment."""
 
+import copy
+import functools
 import json
 import os
 import platform
@@ -45,6 +47,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache
+def _first_facts() -> dict[str, Any]:
+    return environment()
+
+
+def _facts() -> dict[str, Any]:
+    """Those of the run's beginning: what it writes itself must not count as a changed tree."""
+    return copy.deepcopy(_first_facts())
+
+
 class Record:
     """The cases of one benchmark.
 
@@ -57,7 +69,7 @@ class Record:
     def __init__(self, name: str, until: float, folder: Path | None) -> None:
         self._path = None if folder is None else folder / f"{name}.json"
         self._ends = STARTED + 60 * MINUTES * until
-        facts = environment()
+        facts = _facts()
         facts["versions"] |= {package: _version(package) for package in _PACKAGES}
         facts["versions"]["gpt2fast"] = __version__
         self.content: dict[str, Any] = {
