@@ -1,6 +1,6 @@
 """llama.cpp, by the functions that llama-cpp-python passes on, without its sampling in Python."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +10,6 @@ from bench.cpu.peers import Logits, OnToken, Rows
 
 class LlamaCpp:
     """``kind``: the format of the weights; with F32 keys and values are kept in float32 as well."""
-
-    package: ClassVar[str] = "llama-cpp-python"
 
     def __init__(self, name: str, threads: int, kind: str) -> None:
         self._name, self._threads, self._kind = name, threads, kind

@@ -1,6 +1,6 @@
 """Ours in every mode, and the bare loop that bounds it."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +15,6 @@ class Ours:
         mode: "" for float32; "bfloat16"; or what ``quantize=`` takes.
         engine: False keeps `generate` on its general path, by an idle processor of scores.
     """
-
-    package: ClassVar[str] = "gpt2fast"
 
     def __init__(self, name: str, threads: int, mode: str = "", engine: bool = True) -> None:
         self._name, self._threads, self._mode = name, threads, mode
@@ -68,8 +66,6 @@ class BareLoop:
     written. The tokens are no model's.
     """
 
-    package: ClassVar[str] = "torch"
-
     def __init__(self, name: str, threads: int) -> None:
         self._name, self._threads = name, threads
 
@@ -120,8 +116,6 @@ class BareLoop:
 
 class TorchAlone:
     """Loads PyTorch and nothing else: what every process with it takes of time and memory."""
-
-    package: ClassVar[str] = "torch"
 
     def __init__(self, name: str, threads: int) -> None:
         pass

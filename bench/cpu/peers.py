@@ -11,7 +11,7 @@ Everything is imported on loading: where a package is missing, `ImportError` say
 
 import json
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,9 +23,7 @@ Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Contender(Protocol):
-    """See the module. ``package`` is what is imported, for the record's versions."""
-
-    package: ClassVar[str]
+    """See the module."""
 
     def prepare(self) -> None:
         """Make the files: before any clock runs."""
@@ -56,8 +54,6 @@ class Streamer:
 
 
 class Transformers:
-    package: ClassVar[str] = "transformers"
-
     def __init__(self, name: str, threads: int, attention: str) -> None:
         self._name, self._threads, self._attention = name, threads, attention
 
@@ -101,8 +97,6 @@ class Transformers:
 
 class PytorchPretrainedBert:
     """Version 0.6.2, in the loop of its own example of text generation, without the sampling."""
-
-    package: ClassVar[str] = "pytorch-pretrained-bert"
 
     def __init__(self, name: str, threads: int) -> None:
         self._name, self._threads = name, threads
@@ -148,8 +142,6 @@ class PytorchPretrainedBert:
 
 
 class CTranslate2:
-    package: ClassVar[str] = "ctranslate2"
-
     def __init__(self, name: str, threads: int, compute_type: str) -> None:
         self._name, self._threads, self._type = name, threads, compute_type
 
@@ -193,8 +185,6 @@ class CTranslate2:
 
 class OnnxRuntime:
     """On the graph of `bench.cpu.to_onnx`, whose cache is appended to in place."""
-
-    package: ClassVar[str] = "onnxruntime"
 
     def __init__(self, name: str, threads: int, bits: int) -> None:
         self._name, self._threads, self._bits = name, threads, bits
