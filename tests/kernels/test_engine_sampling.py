@@ -163,12 +163,14 @@ def test_many_random_numbers() -> None:
     """Both ends, and in between; what is drawn is spread over the vocabulary."""
     uniforms = torch.linspace(0, 1, 10).double()
     uniforms[-1] = JUST_BELOW_ONE
+    logits = random_logits(1).repeat(10, 1)
+    logits[:, :2] = -INF  # of no probability, though a random number may be 0
     state = make_state(10, temperature=1, top_k=7, uniforms=uniforms[:, None])
-    check(state, random_logits(1).repeat(10, 1))
+    check(state, logits)
     places = torch.arange(10, device=DEVICE), state.lengths.long()
     assert state.tokens[places].unique().numel() >= 4
     state = make_state(10, temperature=1.5, uniforms=uniforms[:, None])
-    check(state, random_logits(1).repeat(10, 1))
+    check(state, logits)
     assert state.tokens[places].unique().numel() >= 8
 
 
@@ -234,7 +236,7 @@ def test_best_of_equals_is_the_first(greedy: bool) -> None:
     logits[1, [140, 141]] = 30.0
     logits[2] = -1.0
     logits[3] = -5.0
-    logits[3, [249, 248]] = torch.tensor([-0.0, 0.0], device=DEVICE)
+    logits[3, [249, 248]] = torch.tensor([0.0, -0.0], device=DEVICE)
     state = check(make_state(4), logits, greedy=greedy)
     places = torch.arange(4, device=DEVICE), state.lengths.long()
     assert state.tokens[places].tolist() == [5, 140, 0, 248]
@@ -303,6 +305,8 @@ def test_drafts(greedy: bool) -> None:
     state = make_state(slots, **settings)
     rows = drafts + 1
     logits[6 * rows + 2] = NAN
+    # Under a penalty the first of these cannot come twice.
+    logits[5 * rows : 5 * rows + 2, [77, 78]] = torch.tensor([10.0, 9.0], device=DEVICE)
     # What would be chosen one by one: the drafts are made of it.
     chosen = copy.deepcopy(state)
     for j in range(rows):
