@@ -97,7 +97,7 @@ class StepBuffers:
         Raises:
             ValueError: rows is none of `BUCKETS`, or the weights are not as the kernels read them.
         """
-        from gpt2fast.kernels._triton import configs
+        from gpt2fast.kernels._triton.engine import configs
         from gpt2fast.kernels._triton.engine import graph
 
         if rows not in BUCKETS:

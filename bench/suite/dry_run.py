@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gpt2fast.kernels._triton import configs
+from gpt2fast.kernels._triton.engine import configs
 from tests.interpreter import prepare_once_a_launch
 
 

@@ -308,7 +308,7 @@ class TritonRunner:
         while bucket < keys:
             bucket *= 2
         # Imported here: whoever looks at this module has no Triton yet.
-        from gpt2fast.kernels._triton.configs import engine_splits
+        from gpt2fast.kernels._triton.engine.configs import engine_splits
         from gpt2fast.kernels._triton.target import current_target
 
         shape = self._cache.shape

@@ -17,7 +17,7 @@ from gpt2fast.engine.torch_runner import TorchRunner
 from gpt2fast.engine.triton_runner import TritonRunner, unsupported
 from gpt2fast.engine.weights import pack
 from gpt2fast.kernels import decode_step
-from gpt2fast.kernels._triton import configs
+from gpt2fast.kernels._triton.engine import configs
 from gpt2fast.kernels._triton.target import Target, assume
 from gpt2fast.kernels.decode_state import EOS, IDLE, LIMIT, RUNNING
 from gpt2fast.kernels.packing import dequantize

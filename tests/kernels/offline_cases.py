@@ -251,7 +251,7 @@ def _engine(
 
     It gets weights of which only what attention reads is there, state, cache and buffers.
     """
-    from gpt2fast.kernels._triton import configs
+    from gpt2fast.kernels._triton.engine import configs
     from gpt2fast.kernels.decode_state import DecodeState
     from gpt2fast.kernels.decode_step import StepBuffers
 

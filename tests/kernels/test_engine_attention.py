@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2fast.kernels._triton import configs
+from gpt2fast.kernels._triton.engine import configs
 from gpt2fast.kernels._triton.engine.attention import (
     check_cache_dtype,
     launch_attend,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2fast.kernels._triton import configs, target
-from gpt2fast.kernels._triton.engine import graph, graph_tiles
+from gpt2fast.kernels._triton import target
+from gpt2fast.kernels._triton.engine import configs, graph, graph_tiles
 from gpt2fast.kernels.decode_state import DecodeState
 from gpt2fast.kernels.decode_step import FEW_ROWS, StepBuffers
 from gpt2fast.kernels.packing import DecodeWeights, Matrix

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2fast.kernels._triton import configs, target
+from gpt2fast.kernels._triton import target
+from gpt2fast.kernels._triton.engine import configs
 from gpt2fast.kernels.decode_state import EOS, LIMIT, RUNNING, DecodeState
 from gpt2fast.kernels.decode_step import (
     StepBuffers,

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from gpt2fast.engine.sampling import select_and_commit
 from gpt2fast.engine.speculation import PromptLookup
-from gpt2fast.kernels._triton import configs
-from gpt2fast.kernels._triton.engine import sampling
+from gpt2fast.kernels._triton.engine import configs, sampling
 from gpt2fast.kernels.decode_state import (
     BROKEN,
     EOS,

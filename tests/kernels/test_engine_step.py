@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2fast.kernels._triton import configs, target
+from gpt2fast.kernels._triton import target
+from gpt2fast.kernels._triton.engine import configs
 from gpt2fast.kernels.decode_state import DecodeState
 from gpt2fast.kernels.decode_step import BUCKETS, StepBuffers, bucket, check_weights, evaluate
 from gpt2fast.kernels.packing import DecodeWeights

@@ -14,6 +14,7 @@ import pytest
 
 from gpt2fast.kernels import _triton
 from gpt2fast.kernels._triton import configs
+from gpt2fast.kernels._triton.engine import configs as engine_configs
 from gpt2fast.kernels._triton.target import CHIPS, Target
 from gpt2fast.kernels.decode_step import BUCKETS, FEW_ROWS
 
@@ -132,13 +133,13 @@ def test_every_tile_of_decoding_steps_is_compiled(records: list[dict[str, Any]],
             names = constants["BLOCK_N"], constants["BLOCK_K"], record["warps"], constants["STAGES"]
             tiles.add(names)
     assert tiles == {
-        astuple(configs.decode_tile(rows, bits, element_size))
+        astuple(engine_configs.decode_tile(rows, bits, element_size))
         for rows in BUCKETS
         if rows > FEW_ROWS
         for bits, element_size in ((32, 4), (16, 2), (8, 2), (4, 2), (8, 4), (4, 4))
     }
     assert few == {
-        astuple(configs.decode_rows_tile(outputs, rows, CHIPS[chip]))[:3]
+        astuple(engine_configs.decode_rows_tile(outputs, rows, CHIPS[chip]))[:3]
         for outputs in (768, 1600, 2304, 3072, 6400, 50257)
         for rows in (1, 2, 4)
     }

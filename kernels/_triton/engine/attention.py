@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2fast.kernels._triton import configs
 from gpt2fast.kernels._triton.common import LOG2_E
 from gpt2fast.kernels._triton.decode import attend_one, shift_of
+from gpt2fast.kernels._triton.engine import configs
 from gpt2fast.kernels._triton.engine.barrier import allow_next, wait_for_previous
 from gpt2fast.kernels._triton.target import Target, current_target
 from gpt2fast.kernels.decode_state import DecodeState

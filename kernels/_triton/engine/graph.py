@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2fast.kernels._triton import configs
-from gpt2fast.kernels._triton.engine import attention, graph_tiles, phases
+from gpt2fast.kernels._triton.engine import attention, configs, graph_tiles, phases
 from gpt2fast.kernels._triton.engine.barrier import allow_next, wait_for_previous
 from gpt2fast.kernels._triton.target import current_target
 from gpt2fast.kernels.decode_state import DecodeState

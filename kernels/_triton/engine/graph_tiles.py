@@ -8,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2fast.kernels._triton import configs
-from gpt2fast.kernels._triton.engine import tiles
+from gpt2fast.kernels._triton.engine import configs, tiles
 from gpt2fast.kernels._triton.engine.barrier import allow_next, wait_for_previous
 from gpt2fast.kernels._triton.target import current_target
 from gpt2fast.kernels.decode_state import DecodeState

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt2fast.kernels._triton import configs
-from gpt2fast.kernels._triton.engine import phases, sampling
+from gpt2fast.kernels._triton.engine import configs, phases, sampling
 from gpt2fast.kernels._triton.engine.attention import attention_phase, combine_phase
 from gpt2fast.kernels._triton.engine.barrier import arrive, first_epoch, hold, prefetch, wait
 from gpt2fast.kernels._triton.engine.linear import share_of

@@ -11,8 +11,8 @@ and slots that are not RUNNING, are left alone.
 import triton
 import triton.language as tl
 
-from gpt2fast.kernels._triton import configs
 from gpt2fast.kernels._triton.common import LOG2_E
+from gpt2fast.kernels._triton.engine import configs
 from gpt2fast.kernels._triton.engine.barrier import allow_next, wait_for_previous
 from gpt2fast.kernels._triton.engine.ranking import (
     INF_ORDER,
