@@ -151,6 +151,11 @@ _LOADING = (
     "From the start of a process to its first token, and its largest memory after 512 + 64 tokens:"
 )
 
+_ACCURACY = """\
+What fewer bits cost: perplexity of the bundled model on novels that it never saw, and how far the
+logits of 124M with random weights lie from float32's, of the largest. Forms of a GPU are emulated
+in PyTorch."""
+
 
 def section(folder: Path = RESULTS) -> str:
     """The README's part that the records make; empty where there are none."""
@@ -164,7 +169,27 @@ def section(folder: Path = RESULTS) -> str:
     if (record := load("loading", folder)) is not None:
         lines += [_LOADING, "", loading_table(record["cases"]), ""]
         lines += [imports_line(record), "", *_not_measured(record)]
+    if (record := load("accuracy", folder)) is not None:
+        lines += [_ACCURACY, "", accuracy_table(record), ""]
     return "\n".join(lines)
+
+
+def accuracy_table(record: dict[str, Any]) -> str:
+    """Perplexity of each form that a model can have, and the error of its logits."""
+    errors = record["logits"]["forms"]
+    rows = []
+    for form, found in record["perplexity"]["forms"].items():
+        if form.startswith("not used"):
+            continue
+        more = ""
+        if "percent_more" in found:
+            percent = round(found["percent_more"], 2) + 0.0  # never -0
+            more = f"{percent:.2f}% (\u00b1 {found['standard_error']:.2f})"
+        error = errors.get(form, {}).get("relative_error")
+        cells = [form, f"{found['perplexity']:.2f}", more, "" if error is None else f"{error:.4f}"]
+        rows.append(cells)
+    head = ["weights", "perplexity", "more than float32", "error of 124M's logits"]
+    return _markdown(head, rows)
 
 
 def _not_measured(record: dict[str, Any]) -> list[str]:

@@ -107,3 +107,23 @@ def test_plot_shows_everybody_that_was_timed(folder: Path) -> None:
 
 def test_weights_are_those_of_the_products() -> None:
     assert report.weight_bytes("gpt2", 8) == 12 * 12 * 768 * 768 + 50257 * 768
+
+
+def test_accuracy_of_every_form_in_use() -> None:
+    record = {
+        "perplexity": {
+            "forms": {
+                "float32": {"perplexity": 20.0},
+                "fp16": {"perplexity": 19.9999, "percent_more": -0.0005, "standard_error": 0.001},
+                "int8": {"perplexity": 20.05, "percent_more": 0.25, "standard_error": 0.04},
+                "not used: int8 weights, clipped": {"perplexity": 21.0},
+            }
+        },
+        "logits": {"forms": {"int8": {"relative_error": 0.0444}}},
+    }
+    rows = report.accuracy_table(record).splitlines()[2:]
+    assert rows == [
+        "| float32 | 20.00 |  |  |",
+        "| fp16 | 20.00 | 0.00% (\u00b1 0.00) |  |",
+        "| int8 | 20.05 | 0.25% (\u00b1 0.04) | 0.0444 |",
+    ]
