@@ -7,7 +7,8 @@ as a sequence would. M comes in buckets, for each of which there are static buff
 allocated in a step and nothing is read on the host, so that a CUDA graph can hold it.
 
 The cache is one tensor ``[L, 2, S, H, capacity, D]``: ``cache[l]`` is what
-`gpt2fast.kernels.attention_append` takes.
+`gpt2fast.kernels.attention_append` takes. It is of the embeddings' dtype, or of
+`torch.float8_e4m3fn`: read as it stands, written with what is beyond its range saturated.
 """
 
 from dataclasses import dataclass, replace
@@ -97,8 +98,7 @@ class StepBuffers:
         Raises:
             ValueError: rows is none of `BUCKETS`, or the weights are not as the kernels read them.
         """
-        from gpt2fast.kernels._triton.engine import configs
-        from gpt2fast.kernels._triton.engine import graph
+        from gpt2fast.kernels._triton.engine import configs, graph
 
         if rows not in BUCKETS:
             raise ValueError(f"rows must be one of {BUCKETS}; got {rows}")
@@ -135,6 +135,16 @@ class StepBuffers:
             scores=zeros(rows, vocab_size),
             candidates=zeros(rows, configs.ENGINE_SELECT.candidates, dtype=torch.int64),
             arrivals=zeros(1, dtype=torch.int64),
+        )
+
+    def with_splits(self, splits: int) -> "StepBuffers":
+        """The same buffers, but for those that attention leaves its splits in."""
+        rows, heads, _, head_size = self.partial.shape
+        return replace(
+            self,
+            splits=splits,
+            partial=self.partial.new_zeros(rows, heads, splits, head_size),
+            sums=self.sums.new_zeros(rows, heads, splits),
         )
 
 

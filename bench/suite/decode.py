@@ -2,9 +2,10 @@
 
 A case is a model, a batch and a context: prompts of so many random tokens, continued greedily by up
 to 64. Parity first: every contender's tokens are held against the float32 model (with the rounded
-weights, where they were rounded), which reads each row and must find every token as good as its
-best one, but for what plain PyTorch errs in bfloat16 on the same rows. Then all that passed run in
-turn. The time of a token is that of n tokens, less that of the first, over n - 1.
+weights, or keys and values, where they were rounded), which reads each row and must find every
+token as good as its best one, but for what plain PyTorch errs in bfloat16 on the same rows. Then
+all that passed run in turn. The time of a token is that of n tokens, less that of the first, over
+n - 1.
 """
 
 import copy
@@ -21,6 +22,7 @@ from bench.suite import decode_peers
 from bench.suite.decode_peers import Generate
 from bench.suite.measure import paired_ratios, quantiles
 from gpt2fast import kernels
+from gpt2fast.engine.float8 import FLOAT8, check_device, to_float8
 from gpt2fast.engine.runner import OutOfMemory
 from gpt2fast.engine.triton_runner import TritonRunner
 from gpt2fast.engine.weights import pack
@@ -35,14 +37,16 @@ _SILENCE, _SILENCE_COMPILING = 60.0, 240.0  # how long nothing may be heard
 _JUDGED_ROWS = 4  # of a batch, that are held against the float32 model
 
 OURS, PERSISTENT, INT8, INT4 = "graph", "persistent", "int8", "int4"
+FP8 = "fp8 cache"
 GENERATE = "generate"
 EAGER, TUNED, STATIC, LOOP = "transformers", "transformers tuned", "transformers static", "loop"
-ENGINES = (OURS, PERSISTENT, INT8, INT4, GENERATE)
-ALL = (*ENGINES, LOOP, EAGER, TUNED, STATIC)
-QUICK = (*ENGINES, LOOP, EAGER)  # without what takes a minute to compile
+ENGINES = (OURS, PERSISTENT, INT8, INT4, FP8, GENERATE)
+_ALONE = (OURS, PERSISTENT, INT8, INT4, GENERATE)  # of one row; the cache is little to read there
+ALL = (*_ALONE, LOOP, EAGER, TUNED, STATIC)
+QUICK = (*_ALONE, LOOP, EAGER)  # without what takes a minute to compile
 # Of several rows: the persistent kernel serves few, and each contender has a cache of its own.
-ALL_ROWS = (OURS, INT8, GENERATE, LOOP, EAGER, TUNED, STATIC)
-QUICK_ROWS = (OURS, INT8, GENERATE, LOOP, EAGER)
+ALL_ROWS = (OURS, INT8, FP8, GENERATE, LOOP, EAGER, TUNED, STATIC)
+QUICK_ROWS = (OURS, INT8, FP8, GENERATE, LOOP, EAGER)
 
 Say = Callable[[str, float], None]
 
@@ -83,7 +87,7 @@ def decode_cases(scale: str) -> list[DecodeCase]:
     if scale == "tiny":
         return [
             DecodeCase("tiny", 1, 1, ALL, _TINY, 2),
-            DecodeCase("tiny", 2, 2, (OURS, LOOP), _TINY, 2),
+            DecodeCase("tiny", 2, 2, (OURS, FP8, LOOP), _TINY, 2),
         ]
     sizes = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
     first = [DecodeCase("gpt2", 1, 512, ALL)]
@@ -139,6 +143,19 @@ def rounded_model(model: Any, bits: int | None) -> Any:
     return exact
 
 
+def rounding_model(model: Any) -> Any:
+    """A copy of a model that rounds its keys and values as a cache of float8 does."""
+    model = copy.deepcopy(model)
+    width = model.config.n_embd
+
+    def rounded(module: torch.nn.Module, args: Any, qkv: Tensor) -> Tensor:
+        return torch.cat((qkv[..., :width], to_float8(qkv[..., width:]).to(qkv.dtype)), -1)
+
+    for block in model.transformer.h:
+        block.attn.c_attn.register_forward_hook(rounded)
+    return model
+
+
 def _layer(matrix: Matrix, i: int) -> Tensor:
     return dequantize(
         matrix.data[i], None if matrix.scale is None else matrix.scale[i], matrix.bits
@@ -163,12 +180,12 @@ def shortfalls(exact: Any, plain: Any, ids: Tensor, chosen: Tensor) -> tuple[flo
     return float(short.max()), 2 * BUDGET * float((other - oracle).abs().max())
 
 
-def step_bytes(weights: DecodeWeights, batch: int, context: float) -> int:
-    """What a step reads: every matrix once, and every row's keys and values."""
+def step_bytes(weights: DecodeWeights, batch: int, context: float, element: int) -> int:
+    """What a step reads: every matrix once, and every row's keys and values of so many bytes."""
     matrices = (weights.qkv, weights.out, weights.fc, weights.proj, weights.head)
     read = sum(m.data.nbytes + (0 if m.scale is None else m.scale.nbytes) for m in matrices)
     layers, width = weights.qkv.data.shape[0], weights.wte.shape[1]
-    return int(read + 2 * batch * context * layers * width * weights.wte.element_size())
+    return int(read + 2 * batch * context * layers * width * element)
 
 
 class _Contest:
@@ -186,12 +203,15 @@ class _Contest:
         self.reports: dict[str, dict[str, Any]] = {name: {} for name in case.contenders}
         self.bytes: dict[str, int] = {}
         self.ready: dict[str, Generate] = {}
-        self._exact: dict[int | None, Any] = {}  # one at a time: it is twice the model
-        self._runners: list[TritonRunner] = []
+        # By what is rounded the float32 model and the contender's: one pair at a time.
+        self._exact: dict[tuple[int | None, bool], tuple[Any, Any]] = {}
+        self._runners: dict[str, TritonRunner] = {}
         for name in case.contenders:
             if name in without:
                 kind = "wrong" if name in ENGINES else "not measured"
                 self.reports[name][kind] = without[name]
+            elif name == FP8 and (reason := _no_float8(device)) is not None:
+                self.reports[name]["not measured"] = reason
             else:
                 self._prepare(name)
         self._exact.clear()
@@ -204,6 +224,8 @@ class _Contest:
             generate = self._built(name)
             chosen = generate(self.ids, self.new)
             report["ready_s"] = time.perf_counter() - begin
+            if name in self._runners:
+                report["driver"] = self._runners[name].served_by
             report |= self._judged(name, chosen)
             if not self._dry:
                 generate(self.ids, self.new)  # what comes twice is recorded in a graph
@@ -229,24 +251,33 @@ class _Contest:
             return decode_peers.transformers_generate(theirs, static=name == STATIC)
         bits = _BITS.get(name)
         driver = "persistent" if name == PERSISTENT else "graph" if name == OURS else "auto"
-        runner = TritonRunner(model, case.batch, case.context + self.new, bits=bits, driver=driver)
-        self._runners.append(runner)
+        runner = TritonRunner(
+            model,
+            case.batch,
+            case.context + self.new,
+            bits=bits,
+            cache_dtype=FLOAT8 if name == FP8 else None,
+            driver=driver,
+        )
+        self._runners[name] = runner
         context = case.context + self.new / 2
-        self.bytes[name] = step_bytes(runner.weights, case.batch, context)
+        element = 1 if name == FP8 else model.dtype.itemsize
+        self.bytes[name] = step_bytes(runner.weights, case.batch, context, element)
         return engine_generate(runner)
 
     def _judged(self, name: str, chosen: Tensor) -> dict[str, Any]:
         if chosen.shape != (self._case.batch, self.new):
             return {"wrong": f"expected {self.new} tokens a row; got {list(chosen.shape)}"}
-        bits = _BITS.get(name)
-        if bits not in self._exact:
+        key = _BITS.get(name), name == FP8
+        if key not in self._exact:
             self._exact.clear()
-            self._exact[bits] = rounded_model(self.model, bits)
+            exact, same = rounded_model(self.model, key[0]), self.model
+            if name == FP8:
+                exact, same = rounding_model(exact), rounding_model(same)
+            self._exact[key] = exact, same
         batch = self._case.batch
         rows = sorted({round(i * (batch - 1) / (_JUDGED_ROWS - 1)) for i in range(_JUDGED_ROWS)})
-        short, allowed = shortfalls(
-            self._exact[bits], self.model, self.ids[rows], chosen[rows].long()
-        )
+        short, allowed = shortfalls(*self._exact[key], self.ids[rows], chosen[rows].long())
         report: dict[str, Any] = {"shortfall": short, "allowed": allowed}
         if not short <= allowed + 1e-5:
             report["wrong"] = f"a token's logit is {short:.2e} below the best; {allowed:.2e} may be"
@@ -272,11 +303,20 @@ class _Contest:
         return samples
 
     def close(self) -> None:
-        for runner in self._runners:
+        for runner in self._runners.values():
             runner.close()
 
 
 _BITS: dict[str, int | None] = {INT8: 8, INT4: 4}
+
+
+def _no_float8(device: torch.device) -> str | None:
+    """Why no cache of float8 can be there; None where it can."""
+    try:
+        check_device(FLOAT8, device)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _seconds(call: Callable[[], Any]) -> float:

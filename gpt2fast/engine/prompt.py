@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpt2fast import kernels
+from gpt2fast.engine.float8 import FLOAT8, raw, to_float8
 from gpt2fast.kernels.packing import DecodeWeights, Matrix, dequantize
 
 
@@ -15,7 +16,7 @@ class PromptPass:
     """Buffers for prompts of up to ``capacity`` tokens, which go into one slot of a cache.
 
     Args:
-        cache: ``[L, 2, S, H, capacity, D]``.
+        cache: ``[L, 2, S, H, capacity, D]``, of the weights' dtype or float8.
 
     Attributes:
         ids: int64 ``[1, capacity]``, the prompt; behind its end any ids of the vocabulary.
@@ -31,9 +32,11 @@ class PromptPass:
         self.slot = self.ids.new_zeros(1)
         self.last = self.ids.new_zeros(1)
         self._positions = torch.arange(capacity, device=cache.device)[None]
-        # A slot that only the device knows cannot be addressed by a view: layers write here first.
-        shape = (2, 1, heads, capacity, head_size)
-        self._written = None if slots == 1 else cache.new_zeros(shape)
+        # A slot that only the device knows cannot be addressed by a view, and the ops know no
+        # float8: layers write here first.
+        dtype, shape = weights.wte.dtype, (2, 1, heads, capacity, head_size)
+        direct = slots == 1 and cache.dtype == dtype
+        self._written = None if direct else cache.new_zeros(shape, dtype=dtype)
 
     def __call__(self, length: int) -> Tensor:
         """Evaluate the first ``length`` ids, of which those behind ``last`` are padding.
@@ -76,13 +79,20 @@ class PromptPass:
     def _attend(self, layer: int, qkv: Tensor) -> Tensor:
         length = qkv.shape[1]
         cache = self._cache[layer]
+        if cache.dtype == FLOAT8:
+            # Before anything attends: however a prompt is divided, its tokens see the same.
+            keys_values = qkv[..., qkv.shape[2] // 3 :]
+            keys_values.copy_(to_float8(keys_values))
         written = cache if self._written is None else self._written
         merged = kernels.attention_append(
             qkv, written, 0, self._weights.heads, scale=self._scales[layer]
         )
         if self._written is not None:
-            target = cache[:, :, :, :length]
-            target.index_copy_(1, self.slot, written[:, :, :, :length])
+            target = raw(cache)[:, :, :, :length]
+            source = written[:, :, :, :length]
+            if cache.dtype == FLOAT8:
+                source = raw(source.to(FLOAT8))  # exact: they are rounded
+            target.index_copy_(1, self.slot, source)
         return merged
 
     def _linear(self, matrix: Matrix, layer: int) -> tuple[Tensor, Tensor]:

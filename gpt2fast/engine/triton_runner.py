@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from gpt2fast.engine.float8 import FLOAT8, cache_dtype_of, check_device, raw
 from gpt2fast.engine.graphs import Replayer
 from gpt2fast.engine.prompt import PromptPass
 from gpt2fast.engine.runner import OutOfMemory
@@ -39,8 +40,9 @@ DRIVERS = ("auto", "graph", "persistent")
 ROWS_OF_A_PROMPT = 64
 _PROMPT_LENGTHS = (128, 256, 512, 1024)  # buckets; beside them the capacity
 _SHORTEST_CONTEXT = 64  # contexts come in powers of two from here on, for the number of splits
-# How far the two drivers' hidden states may lie apart, of the largest: they add up in other orders.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# How far the two drivers' hidden states may lie apart, of the largest, by the cache's dtype: they
+# add up in other orders. In float8 a last bit, of which that may decide, is an eighth of a value.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, FLOAT8: 1e-1}
 _ALIGNMENT = 8  # elements; loads are of 16 bytes
 _MAX_HEAD_SIZE = 128
 
@@ -73,6 +75,7 @@ class TritonRunner:
         slots: sequences that run at a time.
         capacity: positions of each, at most the model's.
         bits: 8 or 4 for quantised weights, as `gpt2fast.engine.weights.pack`.
+        cache_dtype: the model's (None), or `torch.float8_e4m3fn`, from capability 8.9 on.
         driver: "graph" for a kernel a phase, "persistent" for one kernel a step where there are few
             rows, "auto" for the second where it gives what the first does.
 
@@ -93,6 +96,7 @@ class TritonRunner:
         capacity: int,
         *,
         bits: int | None = None,
+        cache_dtype: torch.dtype | None = None,
         driver: str = "auto",
     ) -> None:
         reason = unsupported(model)
@@ -105,8 +109,10 @@ class TritonRunner:
             )
         if driver not in DRIVERS:
             raise ValueError(f"driver must be one of {DRIVERS}; got {driver!r}")
+        self._dtype, self._device = model.dtype, model.device
+        cache_dtype = cache_dtype_of(model, cache_dtype)
+        check_device(cache_dtype, self._device)
         self.slots, self.capacity, self._driver = slots, capacity, driver
-        self._device = model.device
         self._pdl = _has_dependent_launch(self._device)
         self._replayer = Replayer(self._device)
         self._buffers: dict[tuple[int, int], StepBuffers] = {}
@@ -115,9 +121,9 @@ class TritonRunner:
         self._resident: dict[tuple[int, int, bool], StepBuffers] = {}
         self._trusted = True  # the persistent kernel, until it is seen to err
         with self._working():
-            self._build(model, bits)
+            self._build(model, bits, cache_dtype)
 
-    def _build(self, model: "LanguageModel", bits: int | None) -> None:
+    def _build(self, model: "LanguageModel", bits: int | None, cache_dtype: torch.dtype) -> None:
         config = model.config
         try:
             self.weights = pack(model, bits)
@@ -128,7 +134,7 @@ class TritonRunner:
             self._cache = torch.zeros(
                 *(config.n_layer, 2, self.slots),
                 *(config.n_head, self.capacity, config.head_size),
-                dtype=model.dtype,
+                dtype=cache_dtype,
                 device=self._device,
             )
         except torch.OutOfMemoryError as error:
@@ -258,6 +264,11 @@ class TritonRunner:
             self._resident[key] = made
         return self._resident[key]
 
+    @property
+    def served_by(self) -> str:
+        """The driver of `DRIVERS` that has done the steps of few rows so far, if any."""
+        return "persistent" if self._resident else "graph"
+
     def _agrees(self, buffers: StepBuffers, persistent: StepBuffers, plain: bool) -> bool:
         """Whether the persistent kernel runs here, and gives what the kernels by phases give."""
         fields = (getattr(self.state, field.name) for field in dataclasses.fields(DecodeState))
@@ -326,7 +337,7 @@ class TritonRunner:
                 self._buffers[rows, 1] = base
             found = base
             if splits > 1:
-                found = self._made(lambda: _with_splits(base, splits))
+                found = self._made(lambda: base.with_splits(splits))
                 self._buffers[rows, splits] = found
         return found
 
@@ -351,12 +362,13 @@ class TritonRunner:
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         with self._working():
-            self._cache[:, :, target, :, :length] = self._cache[:, :, source, :, :length]
+            cache = raw(self._cache)
+            cache[:, :, target, :, :length] = cache[:, :, source, :, :length]
 
     def keys_values(self, slot: int, length: int) -> list[Tensor]:
         """As the protocol has it. Waits for the device."""
         with self._working():
-            layers = self._cache[:, :, slot, :, :length].clone()
+            layers = self._cache[:, :, slot, :, :length].to(self._dtype, copy=True)
             shared = min(int(self.state.prefix_lengths[slot]), length)
             if shared:
                 source = int(self.state.prefix_slots[slot])
@@ -377,17 +389,6 @@ def _outcome(buffers: StepBuffers, plain: bool) -> tuple[Tensor, Tensor]:
     used = buffers.slots >= 0
     logits = buffers.best_value if plain else buffers.logits
     return buffers.residual[used], logits.amax(1)[used]
-
-
-def _with_splits(base: StepBuffers, splits: int) -> StepBuffers:
-    """The same buffers, but for those that attention leaves its splits in."""
-    rows, heads, _, head_size = base.partial.shape
-    return dataclasses.replace(
-        base,
-        splits=splits,
-        partial=base.partial.new_zeros(rows, heads, splits, head_size),
-        sums=base.sums.new_zeros(rows, heads, splits),
-    )
 
 
 def _has_dependent_launch(device: torch.device) -> bool:

@@ -1,17 +1,34 @@
 """Driving a runner as the engine does: slots filled by hand, tokens read back."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import gpt2fast
 from gpt2fast import kernels
+from gpt2fast.kernels._triton.engine import configs
+from gpt2fast.kernels._triton.target import Target, assume
 from gpt2fast.kernels.decode_state import IDLE, RUNNING
 from tests.kernels.devices import DEVICE
 from tests.models.reference import randomize
 
 VOCAB, POSITIONS = 97, 48
+
+
+@contextlib.contextmanager
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Our kernels, on a GPU or in the interpreter as one of compute capability 9.0."""
+    with contextlib.ExitStack() as stack:
+        if DEVICE == "cpu":  # the interpreter's time goes by programs and tiles, not by their size
+            tile = configs.DecodeRowsTile(warps=64, repeat=4, unroll=1, programs=1)
+            monkeypatch.setattr(configs, "decode_rows_tile", lambda *_: tile)
+            stack.enter_context(assume(Target((9, 0), 1, 227 << 10)))
+        stack.enter_context(kernels.backend("triton"))
+        yield
 
 
 def tiny(**overrides: Any) -> Any:

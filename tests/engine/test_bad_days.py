@@ -41,13 +41,13 @@ def test_no_memory_for_an_engine(
     taken: list[weakref.ref[Tensor]] = []
     original = engine_module.build_runner
 
-    def build(model: GPT2LMHeadModel, slots: int, capacity: int) -> Any:
+    def build(model: GPT2LMHeadModel, slots: int, capacity: int, dtype: Any) -> Any:
         built.append(slots)
         if slots > 8:
             memory = torch.zeros(1000)
             taken.append(weakref.ref(memory))
             raise error
-        return original(model, slots, capacity)
+        return original(model, slots, capacity, dtype)
 
     monkeypatch.setattr(engine_module, "build_runner", build)
     with pytest.warns(UserWarning, match=r"no memory for a decode engine of 32 x 48") as record:

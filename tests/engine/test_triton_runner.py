@@ -1,6 +1,5 @@
 """The runner on our kernels: whole tokens against the plain model, in Triton's interpreter."""
 
-import contextlib
 import copy
 import gc
 import weakref
@@ -17,22 +16,24 @@ from gpt2fast.engine.torch_runner import TorchRunner
 from gpt2fast.engine.triton_runner import TritonRunner, unsupported
 from gpt2fast.engine.weights import pack
 from gpt2fast.kernels import decode_step
-from gpt2fast.kernels._triton.engine import configs
-from gpt2fast.kernels._triton.target import Target, assume
 from gpt2fast.kernels.decode_state import EOS, IDLE, LIMIT, RUNNING
 from gpt2fast.kernels.packing import dequantize
-from tests.engine.runners import POSITIONS, fill, plain, prompt, start, tiny, tokens
+from tests.engine.runners import (
+    POSITIONS,
+    fill,
+    plain,
+    prompt,
+    start,
+    tiny,
+    tokens,
+    triton_kernels,
+)
 from tests.kernels.devices import DEVICE
 
 
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        if DEVICE == "cpu":  # the interpreter's time goes by programs and tiles, not by their size
-            tile = configs.DecodeRowsTile(warps=64, repeat=4, unroll=1, programs=1)
-            monkeypatch.setattr(configs, "decode_rows_tile", lambda *_: tile)
-            stack.enter_context(assume(Target((9, 0), 1, 227 << 10)))
-        stack.enter_context(kernels.backend("triton"))
+    with triton_kernels(monkeypatch):
         yield
 
 

@@ -15,9 +15,11 @@ def _launch(
     width: int = 768,
     bits: int = 16,
     dtype: torch.dtype = torch.bfloat16,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     """The named phases of layer 1 of a step of a model of the width, of two layers."""
-    from gpt2fast.kernels._triton.engine import graph, graph_tiles
+    from gpt2fast.kernels._triton.engine import attention, graph, graph_tiles
+    from gpt2fast.kernels._triton.target import current_target
     from gpt2fast.kernels.decode_state import DecodeState
     from gpt2fast.kernels.decode_step import FEW_ROWS, StepBuffers
     from gpt2fast.kernels.packing import DecodeWeights, Matrix
@@ -51,7 +53,11 @@ def _launch(
         scales=empty(layers, dtype=f32),
     )
     state = DecodeState.empty(4, 1024, vocab_size, torch.device("meta"))
-    cache = empty(layers, 2, 4, heads, 1024, 64, dtype=dtype)
+    cache = empty(layers, 2, 4, heads, 1024, 64, dtype=cache_dtype or dtype)
+    try:
+        attention.check_cache_dtype(cache.dtype, current_target(cache.device))
+    except ValueError:
+        return  # no such cache on this chip
     buffers = StepBuffers.allocate(weights, rows, 8)
     few: dict[str, Callable[[], None]] = {
         "embed": lambda: graph.launch_embed(weights, state, buffers, False),
@@ -81,6 +87,8 @@ for _phases, _rows, _width, _options in (
     ("qkv, head", 4, 1600, {"bits": 8, **_SIXTEEN}),
     ("fc", 1, 1600, {"bits": 4}),
     ("qkv, greedy head", 4, 1600, {}),
+    ("qkv", 4, 768, {"cache_dtype": torch.float8_e4m3fn}),
+    ("qkv", 128, 768, {"cache_dtype": torch.float8_e4m3fn}),
     ("proj", 2, 768, _THIRTY_TWO),
     ("normalize, qkv, fc, proj, greedy head", 8, 768, {}),
     ("fc", 64, 1600, {"bits": 8, **_SIXTEEN}),

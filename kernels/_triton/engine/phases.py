@@ -103,6 +103,14 @@ def first_weights(
 
 
 @triton.jit
+def as_cached(value, cache_ptr):
+    """float32 in the cache's dtype; float8, which has no infinity, saturates (NaN stays NaN)."""
+    if cache_ptr.dtype.element_ty == tl.float8e4nv:
+        value = tl.where(value > 448.0, 448.0, tl.where(value < -448.0, -448.0, value))
+    return value.to(cache_ptr.dtype.element_ty)
+
+
+@triton.jit
 def store_qkv(
     value, offs_n, mask, row, slot, position, layer, query_ptr, cache_ptr, slots, capacity,
     C: tl.constexpr, HEADS: tl.constexpr,
@@ -119,9 +127,7 @@ def store_qkv(
     index = ((layer.to(tl.int64) * 2 + part) * slots + slot) * HEADS + column // HEAD_SIZE
     index = (index * capacity + position) * HEAD_SIZE + column % HEAD_SIZE
     inside = (slot >= 0) & (position >= 0) & (position < capacity)
-    tl.store(
-        cache_ptr + index, value.to(cache_ptr.dtype.element_ty), mask=mask & inside & ~is_query
-    )
+    tl.store(cache_ptr + index, as_cached(value, cache_ptr), mask=mask & inside & ~is_query)
 
 
 @triton.jit
