@@ -45,6 +45,13 @@ class Matrix:
         """K."""
         return self.data.shape[2] * (2 if self.bits == 4 else 1)
 
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Data, scale and bias for a kernel; the data again for what is not there, and not read."""
+        # Device functions of Triton 3.6 return no tuple that holds a None.
+        scale, bias = (self.data if part is None else part for part in (self.scale, self.bias))
+        return self.data, scale, bias
+
 
 @dataclass(frozen=True)
 class DecodeWeights:

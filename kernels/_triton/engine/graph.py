@@ -168,7 +168,7 @@ def launch_qkv(
     programs, constants = _rows_launch(matrix, buffers.rows)
     _qkv_kernel[(programs,)](
         layer,
-        buffers.residual, weights.ln_1, matrix.data, matrix.scale, matrix.bias,
+        buffers.residual, weights.ln_1, *matrix.operands,
         buffers.query, cache, buffers.slots, buffers.offsets, state.lengths,
         cache.shape[2], cache.shape[4], weights.eps,
         C=width, HEADS=weights.heads, KEEP=configs.decode_rows_keep(buffers.rows, width),
@@ -182,7 +182,7 @@ def launch_fc(weights: DecodeWeights, buffers: StepBuffers, layer: int, pdl: boo
     programs, constants = _rows_launch(matrix, buffers.rows)
     _fc_kernel[(programs,)](
         layer,
-        buffers.residual, weights.ln_2, matrix.data, matrix.scale, matrix.bias, buffers.inner,
+        buffers.residual, weights.ln_2, *matrix.operands, buffers.inner,
         weights.eps, C=width, N=matrix.outputs,
         KEEP=configs.decode_rows_keep(buffers.rows, width), PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
@@ -196,7 +196,7 @@ def launch_add(
     merge = inputs is buffers.partial
     _add_kernel[(programs,)](
         layer,
-        inputs, buffers.sums, matrix.data, matrix.scale, matrix.bias, buffers.residual,
+        inputs, buffers.sums, *matrix.operands, buffers.residual,
         N=matrix.outputs, K=matrix.inputs, HEADS=heads, SPLITS=buffers.splits if merge else 1,
         PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
@@ -207,7 +207,7 @@ def launch_head(weights: DecodeWeights, buffers: StepBuffers, greedy: bool, pdl:
     matrix, width = weights.head, weights.head.inputs
     programs, constants = _rows_launch(matrix, buffers.rows)
     _head_kernel[(programs,)](
-        buffers.residual, weights.ln_f, matrix.data, matrix.scale, buffers.logits,
+        buffers.residual, weights.ln_f, *matrix.operands[:2], buffers.logits,
         buffers.best_value, buffers.best_index, buffers.best_sum, weights.eps,
         C=width, N=matrix.outputs, GREEDY=greedy,
         KEEP=configs.decode_rows_keep(buffers.rows, width), PDL=pdl, launch_pdl=pdl, **constants,

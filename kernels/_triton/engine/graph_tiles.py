@@ -163,7 +163,7 @@ def launch_qkv_tiles(
     matrix = weights.qkv
     _, constants = _tile(matrix, buffers.rows, buffers.normed.element_size())
     _qkv_tiles_kernel[(_tiles(matrix.outputs, constants),)](
-        layer, buffers.normed, matrix.data, matrix.scale, matrix.bias, buffers.query, cache,
+        layer, buffers.normed, *matrix.operands, buffers.query, cache,
         buffers.slots, buffers.offsets, state.lengths, cache.shape[2], cache.shape[4],
         C=matrix.inputs, HEADS=weights.heads, PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def launch_fc_tiles(weights: DecodeWeights, buffers: StepBuffers, layer: int, pd
     matrix = weights.fc
     _, constants = _tile(matrix, buffers.rows, buffers.normed.element_size())
     _fc_tiles_kernel[(_tiles(matrix.outputs, constants),)](
-        layer, buffers.normed, matrix.data, matrix.scale, matrix.bias, buffers.inner,
+        layer, buffers.normed, *matrix.operands, buffers.inner,
         C=matrix.inputs, N=matrix.outputs, PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
 
@@ -186,7 +186,7 @@ def launch_parts(
     _, constants = _tile(matrix, buffers.rows, inputs.element_size())
     parts = parts_of(matrix, buffers.rows, inputs.element_size())
     _part_tiles_kernel[(parts * _tiles(matrix.outputs, constants),)](
-        layer, inputs, matrix.data, matrix.scale, buffers.parts,
+        layer, inputs, *matrix.operands[:2], buffers.parts,
         N=matrix.outputs, K=matrix.inputs, PARTS=parts, PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip
 
@@ -199,7 +199,7 @@ def launch_head_tiles(
     _, constants = _tile(matrix, buffers.rows, element_size)
     shares = buffers.best_value.shape[1]
     _head_tiles_kernel[(shares * triton.cdiv(buffers.rows, constants["BLOCK_M"]),)](
-        buffers.normed, matrix.data, matrix.scale, buffers.logits,
+        buffers.normed, *matrix.operands[:2], buffers.logits,
         buffers.best_value, buffers.best_index, buffers.best_sum,
         C=matrix.inputs, N=matrix.outputs, GREEDY=greedy, PDL=pdl, launch_pdl=pdl, **constants,
     )  # fmt: skip

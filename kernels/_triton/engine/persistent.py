@@ -25,7 +25,7 @@ from gpt2fast.kernels._triton.layer_norm import append_tile
 from gpt2fast.kernels._triton.target import Target, current_target
 from gpt2fast.kernels.decode_state import RUNNING, DecodeState
 from gpt2fast.kernels.decode_step import StepBuffers
-from gpt2fast.kernels.packing import DecodeWeights, Matrix
+from gpt2fast.kernels.packing import DecodeWeights
 
 _RUNNING = tl.constexpr(RUNNING)
 
@@ -286,14 +286,6 @@ def persistent_programs(device: torch.device) -> int:
     return min(configs.PERSISTENT_PROGRAMS, current_target(device).multiprocessors)
 
 
-def _matrix(matrix: Matrix) -> tuple[Tensor, ...]:
-    """Data, scale and bias; the data for what is not there and not read: Triton 3.6 takes no None
-    out of a tuple.
-    """
-    parts = matrix.data, matrix.scale, matrix.bias
-    return tuple(matrix.data if part is None else part for part in parts)
-
-
 def _tiles(weights: DecodeWeights, rows: int, programs: int, target: Target) -> dict[str, int]:
     tiles = {}
     for name in ("qkv", "out", "fc", "proj", "head"):
@@ -341,7 +333,7 @@ def _launch_steps(
     layers, _, slots, heads, capacity, head_size = cache.shape
     width = weights.out.inputs
     keep = configs.decode_rows_keep(rows, width)
-    matrices = {n: _matrix(getattr(weights, n)) for n in ("qkv", "out", "fc", "proj", "head")}
+    matrices = {n: getattr(weights, n).operands for n in ("qkv", "out", "fc", "proj", "head")}
     packed = _Weights(**{n: matrices.get(n, getattr(weights, n)) for n in _Weights._fields})
     _decode_kernel[(programs,)](
         buffers.arrivals, packed,
