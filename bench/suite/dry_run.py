@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gpt2fast.kernels._triton.engine import configs
-from tests.interpreter import prepare_once_a_launch
+from tests.interpreter import prepare_once_a_launch, round_to_float8
 
 
 class _Event:
@@ -41,6 +41,7 @@ def _capture(graph: _Graph, stream: Any) -> Iterator[None]:
 def emulate_gpu() -> None:
     """Replace what the benchmarks use of ``torch.cuda``, for the rest of this process."""
     prepare_once_a_launch()
+    round_to_float8()
     # The interpreter's time goes by tiles and programs, not by their size.
     tile = configs.DecodeRowsTile(warps=64, repeat=4, unroll=1, programs=1)
     configs.decode_rows_tile = lambda *_: tile

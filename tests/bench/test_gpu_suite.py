@@ -80,7 +80,7 @@ def test_walks_through_every_part(tmp_path: Path) -> None:
             assert case["work"][direction]["bytes"] > 0
     ladder = record["parts"]["decode"]
     assert [case["status"] for case in ladder["cases"]] == ["measured"] * 2
-    first = ladder["cases"][0]
+    first, second = ladder["cases"]
     assert set(first["times"]) == {
         "generate",
         "graph",
@@ -98,6 +98,9 @@ def test_walks_through_every_part(tmp_path: Path) -> None:
         assert first["providers"][name]["shortfall"] <= first["providers"][name]["allowed"] + 1e-5
     assert first["times"]["int8"]["bytes"] < first["times"]["graph"]["bytes"]
     assert first["times"]["graph"]["share_of_read"] > 0
+    assert first["providers"]["persistent"]["driver"] == "persistent"
+    assert first["providers"]["int8"]["driver"] == "graph"  # in the interpreter
+    assert second["times"]["fp8 cache"]["bytes"] < second["times"]["graph"]["bytes"]
     # This text is all that is sure to be seen of a run elsewhere.
     assert "DRY RUN" in output
     assert len(output) < 12_000

@@ -3,11 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 from bench.suite.decode import rounding_model
 from gpt2fast import Engine, kernels
@@ -26,6 +23,7 @@ from tests.engine.runners import (
     tokens,
     triton_kernels,
 )
+from tests.interpreter import round_to_float8
 from tests.kernels.devices import DEVICE
 
 LARGEST = 448.0
@@ -36,17 +34,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Our kernels; prompts of more than four tokens go through the ops."""
     monkeypatch.setattr(triton_runner, "ROWS_OF_A_PROMPT", 4)
     if DEVICE == "cpu":
-        # Rounding that carries into the exponent is wrong in the interpreter: 1.99 becomes 1.
-        convert = interpreter._convert_float
-
-        def rounding(values: Any, source: Any, target: Any, mode: Any) -> Any:
-            if target != tl.float8e4nv:
-                return convert(values, source, target, mode)
-            exact = torch.from_numpy(values.astype(np.float32))
-            rounded = exact.where(exact.abs() < 464, torch.nan).to(FLOAT8)
-            return rounded.view(torch.uint8).numpy()
-
-        monkeypatch.setattr(interpreter, "_convert_float", rounding)
+        round_to_float8()
     with triton_kernels(monkeypatch):
         yield
 
