@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bench.suite import decode, decode_peers
-from bench.suite.decode import GENERATE, INT8, LOOP, OURS, DecodeCase, decode_cases
+from bench.suite.decode import FP8, GENERATE, INT8, LOOP, OURS, DecodeCase, decode_cases
 from gpt2fast.engine.runner import OutOfMemory
 
 SIZES = (("n_layer", 2), ("n_embd", 64), ("n_head", 2), ("vocab_size", 97), ("n_positions", 48))
@@ -18,6 +18,7 @@ def test_cases() -> None:
     assert cases[0].contenders == decode.ALL
     assert len({case.name for case in cases}) == len(cases) == 4 * 4 * 3
     assert all(OURS in case.contenders for case in cases)
+    assert {case.batch for case in cases if FP8 in case.contenders} == {8, 32, 128}
 
 
 def test_peers_generate_what_the_model_does() -> None:
@@ -43,6 +44,30 @@ def test_shortfall_of_a_wrong_token() -> None:
     chosen[1, 3] = (chosen[1, 3] + 1) % 97
     short, allowed = decode.shortfalls(exact, model, ids, chosen)
     assert short > 5 * allowed
+
+
+def test_a_rounded_cache_is_held_against_a_model_that_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the float32 model, that is: its tokens pass, and other ones do not."""
+
+    def built(contest: decode._Contest, name: str) -> decode_peers.Generate:
+        exact = decode.rounding_model(decode.rounded_model(contest.model, None))
+        right = decode_peers.our_generate(exact)
+        return lambda ids, new_tokens: right(ids, new_tokens) + wrong
+
+    monkeypatch.setattr(decode._Contest, "_built", built)
+    monkeypatch.setattr(decode, "_no_float8", lambda device: missing)
+    case = DecodeCase("tiny", 2, 30, (FP8,), SIZES, 8)
+    missing: str | None = None
+    for wrong in (0, 1):
+        torch.manual_seed(0)
+        contest = decode._Contest(case, CPU, lambda *_: None, {}, False)
+        assert ("wrong" in contest.reports[FP8]) == wrong
+        assert (FP8 in contest.ready) == (not wrong)
+    missing = "an old chip"
+    contest = decode._Contest(case, CPU, lambda *_: None, {}, False)
+    assert contest.reports[FP8] == {"not measured": "an old chip"}
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.suite.decode import rounded_model, shortfalls
+from bench.suite.decode import rounded_model, rounding_model, shortfalls
 from bench.suite.decode_peers import random_model
 from gpt2fast import kernels
 from gpt2fast.engine.triton_runner import TritonRunner
@@ -43,6 +43,26 @@ def generated(
     return [tokens(runner, slot) for slot in slots]
 
 
+def logits_of(
+    model: Any, ids: Tensor, rows: int, cache_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Those of the last ``rows`` ids as rows of a step, and plain PyTorch's, on the CPU."""
+    start_of_rows = len(ids) - rows
+    runner = TritonRunner(model, 1, len(ids), driver="graph", cache_dtype=cache_dtype)
+    fill(runner, 0, ids, 1)
+    runner.prefill(0, 0, start_of_rows)
+    buffers = runner._rows([0] * rows, list(range(rows)), len(ids))
+    with runner._working():
+        decode_step.evaluate(
+            runner.weights, runner.state, runner._cache, buffers, greedy=False, pdl=runner._pdl
+        )
+    got = buffers.logits.cpu()
+    runner.close()
+    with kernels.backend("torch"), torch.no_grad():
+        same = model(ids[None]).logits[0, start_of_rows:].cpu()
+    return got, same
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_greedy_tokens_are_those_of_the_plain_model(name: str) -> None:
     """In float32, prompts as rows and through the ops, alone and in company."""
@@ -61,22 +81,77 @@ def test_greedy_tokens_are_those_of_the_plain_model(name: str) -> None:
 def test_logits_are_within_the_budget(rows: int, dtype: torch.dtype) -> None:
     """Every bucket, at the size of the smallest model: within twice plain PyTorch's error."""
     model = sized("gpt2", dtype)
-    ids = random_ids(300)
-    runner = TritonRunner(model, 1, 600, driver="graph")
-    fill(runner, 0, torch.cat((ids, random_ids(rows))), 1)
-    runner.prefill(0, 0, 300)
-    buffers = runner._rows([0] * rows, list(range(rows)), 300 + rows)
-    with runner._working():
-        decode_step.evaluate(
-            runner.weights, runner.state, runner._cache, buffers, greedy=False, pdl=runner._pdl
-        )
-    got = buffers.logits.cpu()
-    whole = runner.state.tokens[0, : 300 + rows][None]
+    ids = random_ids(300 + rows)
+    got, same = logits_of(model, ids, rows)
     with kernels.backend("torch"), torch.no_grad():
-        same = model(whole).logits[0, 300:].cpu()
-        oracle = model.float()(whole).logits[0, 300:].double().cpu()
+        oracle = model.float()(ids[None]).logits[0, 300:].double().cpu()
     allowed = BUDGET * relative_error(same, oracle) + torch.finfo(dtype).eps / 2
     assert relative_error(got, oracle) <= allowed
+
+
+needs_float8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="needs compute capability 8.9",
+)
+
+
+@needs_float8
+@pytest.mark.parametrize("rows", [1, 4, 32, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_with_a_float8_cache(rows: int, dtype: torch.dtype) -> None:
+    """Within twice plain PyTorch's error, where both round keys and values to float8; and so near
+    to those of a 16-bit cache that rounding alone explains it."""
+    model = sized("gpt2", dtype)
+    ids = random_ids(300 + rows)
+    got, _ = logits_of(model, ids, rows, torch.float8_e4m3fn)
+    wide, _ = logits_of(model, ids, rows)
+    rounding = rounding_model(model)
+    exact = model.float()
+    with kernels.backend("torch"), torch.no_grad():
+        same = rounding(ids[None]).logits[0, 300:].cpu()
+        oracle = rounding_model(exact)(ids[None]).logits[0, 300:].double().cpu()
+        unrounded = exact(ids[None]).logits[0, 300:].double().cpu()
+    allowed = BUDGET * relative_error(same, oracle) + torch.finfo(dtype).eps / 2
+    assert relative_error(got, oracle) <= allowed
+    rounded_by = relative_error(oracle, unrounded)
+    assert relative_error(got, wide) <= BUDGET * rounded_by + 2 * allowed
+
+
+@needs_float8
+@pytest.mark.parametrize("rows", [2, 32])
+def test_tokens_with_a_float8_cache(rows: int) -> None:
+    """Long prompts through the ops and steps behind them; the persistent kernel is trusted."""
+    model = sized("gpt2", torch.bfloat16)
+    runner = TritonRunner(model, rows, 400, cache_dtype=torch.float8_e4m3fn)
+    prompts = [random_ids(300) for _ in range(rows)]
+    got = generated(runner, prompts, plain=True)
+    assert runner._trusted
+    assert runner._cache.nbytes == 12 * 2 * rows * 400 * 768
+    chosen = torch.tensor([row[300:] for row in got[:4]], device="cuda")
+    exact = rounding_model(rounded_model(model, None))
+    short, allowed = shortfalls(exact, rounding_model(model), torch.stack(prompts[:4]), chosen)
+    assert short <= allowed
+    runner.close()
+
+
+@needs_float8
+def test_a_float8_cache_saturates() -> None:
+    """As prompts of rows, of ops and as steps, of few rows and of many."""
+    model = sized("gpt2", torch.bfloat16)
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.bias[768] = -2e3
+            block.attn.c_attn.bias[1536] = 1e30
+    runner = TritonRunner(model, 8, 200, cache_dtype=torch.float8_e4m3fn)
+    for slot, length in enumerate((1, 3, 60, 100, 1, 3, 60, 100)):
+        start(runner, slot, random_ids(length), NEW)
+    runner.advance([0], 2, plain=True)
+    runner.advance(range(8), 2)
+    for slot in range(8):
+        for layer in runner.keys_values(slot, int(runner.state.lengths[slot])):
+            assert layer.isfinite().all()
+            assert (layer[0, 0, :, 0] == -448).all()
+            assert (layer[1, 0, :, 0] == 448).all()
     runner.close()
 
 
