@@ -99,8 +99,8 @@ needs_float8 = pytest.mark.skipif(
 @pytest.mark.parametrize("rows", [1, 4, 32, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_logits_with_a_float8_cache(rows: int, dtype: torch.dtype) -> None:
-    """Within twice plain PyTorch's error, where both round keys and values to float8; and so near
-    to those of a 16-bit cache that rounding alone explains it."""
+    """Within twice plain PyTorch's error, where both round keys and values to float8; and no
+    further from those of a 16-bit cache than twice what that rounding does in float32."""
     model = sized("gpt2", dtype)
     ids = random_ids(300 + rows)
     got, _ = logits_of(model, ids, rows, torch.float8_e4m3fn)
@@ -114,7 +114,7 @@ def test_logits_with_a_float8_cache(rows: int, dtype: torch.dtype) -> None:
     allowed = BUDGET * relative_error(same, oracle) + torch.finfo(dtype).eps / 2
     assert relative_error(got, oracle) <= allowed
     rounded_by = relative_error(oracle, unrounded)
-    assert relative_error(got, wide) <= BUDGET * rounded_by + 2 * allowed
+    assert relative_error(got, wide) <= BUDGET * rounded_by
 
 
 @needs_float8
