@@ -40,8 +40,8 @@ DRIVERS = ("auto", "graph", "persistent")
 ROWS_OF_A_PROMPT = 64
 _PROMPT_LENGTHS = (128, 256, 512, 1024)  # buckets; beside them the capacity
 _SHORTEST_CONTEXT = 64  # contexts come in powers of two from here on, for the number of splits
-# How far the two drivers' hidden states may lie apart, of the largest, by the cache's dtype: they
-# add up in other orders. In float8 a last bit, of which that may decide, is an eighth of a value.
+# How far the two drivers' hidden states may lie apart, of the largest, as they add up in other
+# orders; by the cache's dtype: of float8 that may turn a last bit, which is an eighth of a value.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, FLOAT8: 1e-1}
 _ALIGNMENT = 8  # elements; loads are of 16 bytes
 _MAX_HEAD_SIZE = 128
@@ -223,7 +223,6 @@ class TritonRunner:
         rows = [slot for slot in slots for _ in range(drafts + 1)]
         buffers = self._rows(rows, list(range(drafts + 1)) * len(slots), keys)
         key = ("step", buffers.rows, buffers.splits, drafts, ngram, plain)
-
         persistent = self._persistent(buffers, plain)
         if persistent is not None:
             # Where it counts one launch serves all steps: there is nothing to record.
@@ -266,7 +265,7 @@ class TritonRunner:
 
     @property
     def served_by(self) -> str:
-        """The driver of `DRIVERS` that has done the steps of few rows so far, if any."""
+        """The driver of the steps of few rows so far, or of all if there were none."""
         return "persistent" if self._resident else "graph"
 
     def _agrees(self, buffers: StepBuffers, persistent: StepBuffers, plain: bool) -> bool:

@@ -11,6 +11,7 @@ from gpt2fast import Engine, kernels
 from gpt2fast.engine import triton_runner
 from gpt2fast.engine.float8 import FLOAT8, to_float8
 from gpt2fast.engine.triton_runner import TritonRunner
+from gpt2fast.kernels import decode_step
 from gpt2fast.kernels._triton.target import CHIPS, assume
 from gpt2fast.kernels.decode_state import RUNNING
 from tests.engine.runners import (
@@ -132,6 +133,15 @@ def test_beginnings_are_shared_and_copied() -> None:
     after = runner._cache.view(torch.uint8)
     for slot in (0, 2):
         assert torch.equal(after[:, :, slot], before[:, :, slot])
+
+
+@pytest.mark.usefixtures("triton")
+def test_the_drivers_agree() -> None:
+    runner = TritonRunner(tiny(n_layer=1), 1, POSITIONS, cache_dtype=FLOAT8)
+    start(runner, 0, prompt(5), 4)
+    buffers = runner._rows([0], [0], 6)
+    assert runner._agrees(buffers, decode_step.persistent_buffers(buffers), True)
+    assert runner.served_by == "graph"
 
 
 @pytest.mark.usefixtures("triton")
