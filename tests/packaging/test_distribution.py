@@ -162,7 +162,7 @@ def test_wheel_metadata(checkout: Path, wheel: Path, version: str) -> None:
     }
     optional = {"matplotlib", "triton"}  # the extra `train`; the kernels', which PyTorch brings
     assert required == imported(checkout) - {"gpt2fast"} - optional
-    assert {"triton", "transformers", "train", "test", "bench", "dev"} == set(
+    assert {"triton", "transformers", "train", "test", "bench", "peers", "dev"} == set(
         metadata.get_all("Provides-Extra")
     )
     assert metadata["Requires-Python"] == ">=3.10"
