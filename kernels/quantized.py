@@ -33,9 +33,15 @@ _BLOCK = 8192
 
 
 class Packed(ABC):
-    """A weight in the layout of one op, with its bias."""
+    """A weight in the layout of one op, with its bias.
+
+    Attributes:
+        source: the tensors that were packed, each with its count of writes then, where their owner
+            keeps them and has set it.
+    """
 
     name: ClassVar[str]
+    source: tuple[tuple[Tensor, int], ...] = ()
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -53,7 +59,7 @@ class _Int8(Packed):
         self._bias, self._levels = bias, levels
         self._pack(weight, scale)
         # sum_k W^T, a hundred times as fast as PyTorch sums integers
-        self._sums = self._multiply(torch.ones(1, weight.shape[1]))
+        self._sums = self._multiply(_full((1, weight.shape[1]), 1.0))
 
     def __call__(self, x: Tensor) -> Tensor:
         # The range holds 0, and is never empty.
@@ -74,7 +80,7 @@ class _Int8(Packed):
 
     @abstractmethod
     def _multiply(self, levels: Tensor) -> Tensor:
-        """Values in 0 .. levels, rounded, times the weight."""
+        """Values in 0 .. levels, and half of one more, rounded, times the weight."""
 
 
 class Fbgemm(_Int8):
@@ -83,7 +89,7 @@ class Fbgemm(_Int8):
     name = "quantized.linear"
 
     def _pack(self, weight: Tensor, scale: Tensor) -> None:
-        zeros = torch.zeros(len(weight), dtype=torch.long)
+        zeros = torch.zeros(len(weight), dtype=torch.long, device="cpu")
         with warnings.catch_warnings():
             # Tensors of these types are announced for removal; `int8_ops` copes with that.
             warnings.simplefilter("ignore")
@@ -118,11 +124,12 @@ class Onednn(_Int8):
 
     def _pack(self, weight: Tensor, scale: Tensor) -> None:
         self._packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
-        self._scale, self._zeros = scale, torch.zeros(len(weight), dtype=torch.int32)
+        self._scale = scale
+        self._zeros = torch.zeros(len(weight), dtype=torch.int32, device="cpu")
 
     def _multiply(self, levels: Tensor) -> Tensor:
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            levels.round_().to(torch.uint8),
+            levels.round_().clamp_(0, _FULL).to(torch.uint8),  # 256 would come out as 0
             1.0,
             0,
             self._packed,
@@ -229,7 +236,7 @@ def int8_ops() -> dict[str, dict[str, float]]:
         a 768 by 768 matrix takes with "one row" and "128 rows".
     """
     table = {}
-    weight, scale = _pattern(768, 768).mul_(127).to(torch.int8), torch.full((768,), 1 / 127)
+    weight, scale = _pattern(768, 768).mul_(127).to(torch.int8), _full((768,), 1 / 127)
     many = _pattern(128, 768)
     with torch.inference_mode(False), torch.no_grad():
         for kind in (Fbgemm, Onednn):
@@ -247,10 +254,10 @@ def int8_ops() -> dict[str, dict[str, float]]:
 
 def _is_exact(kind: type[Fbgemm] | type[Onednn], levels: int) -> bool:
     """Whether the largest activations and weights are summed exactly, in each sign."""
-    weight = torch.full((64, 256), 127, dtype=torch.int8)
+    weight = _full((64, 256), 127).to(torch.int8)
     weight[1::2] = -127
-    top = torch.full((2, 256), float(levels))
-    product = kind(weight, torch.ones(64), None, levels)._multiply(top.clone())
+    top = _full((2, 256), levels)
+    product = kind(weight, _full((64,), 1), None, levels)._multiply(top.clone())
     return torch.allclose(product, top @ weight.float().t(), rtol=1e-5)
 
 
@@ -267,4 +274,10 @@ def _milliseconds(op: Packed, x: Tensor) -> float:
 
 def _pattern(rows: int, columns: int) -> Tensor:
     """Values in -1 .. 1, without touching the state of random numbers."""
-    return torch.arange(1.0, rows * columns + 1).mul_(0.7548777).sin_().view(rows, columns)
+    numbers = torch.arange(1, rows * columns + 1, dtype=torch.float32, device="cpu")
+    return numbers.mul_(0.7548777).sin_().view(rows, columns)
+
+
+def _full(shape: tuple[int, ...], value: float) -> Tensor:
+    """Of the ops' dtype and device, whatever the process's defaults are."""
+    return torch.full(shape, value, dtype=torch.float32, device="cpu")

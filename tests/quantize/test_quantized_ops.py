@@ -71,6 +71,18 @@ def test_int8_does_not_saturate(kind: type[quantized.Fbgemm] | type[quantized.On
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_top_of_a_range_may_lie_half_a_level_above_the_last(
+    kind: type[quantized.Fbgemm] | type[quantized.Onednn],
+) -> None:
+    """With a step of 1, -1.5 is rounded to a zero of -2, and 253.5 lies at 255.5 from there."""
+    _levels(kind)
+    # Weights so small saturate nowhere, whatever the levels.
+    op = kind(torch.ones(4, 2, dtype=torch.int8), torch.ones(4), None, 255)
+    out = op(torch.tensor([[-1.5, 253.5]]).repeat(2, 1))
+    assert ((out - 252).abs() < 1.001).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_comes_out_as_it_would_alone(
     kind: type[quantized.Fbgemm] | type[quantized.Onednn],
 ) -> None:
@@ -124,6 +136,22 @@ def test_what_was_packed_comes_back(
     assert torch.equal(kind(weight, scale, bias, _levels(kind)).weight(), weight)
     halves = torch.randn(9000, 24).mul(1e-5).half()  # some of them subnormal
     assert torch.equal(quantized.Fp16(halves, None).weight(), halves)
+
+
+def test_the_defaults_of_a_process_do_not_matter() -> None:
+    cached = (quantized.int8_op, quantized.int8_ops, quantized.fp16_packs)
+    expected = quantized.int8_ops().keys(), quantized.fp16_packs()
+    for function in cached:
+        function.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = quantized.int8_ops().keys(), quantized.fp16_packs()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        for function in cached:
+            function.cache_clear()
+    assert found == expected
 
 
 def test_an_op_that_is_missing_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
