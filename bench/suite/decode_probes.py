@@ -191,10 +191,12 @@ class _Probes:
         size = _PREFETCHED_BYTES[self._dry_run]
         x = torch.ones(size // 4, dtype=torch.int32, device=self._device)
         read = self._reader(x, self._programs, 1 if self._dry_run else 2)
-        grid = (self._programs,)
+        grid, share = (self._programs,), size // self._programs // 16 * 16
 
         def prefetch(bulk: bool) -> None:
-            _prefetch_kernel[grid](x, size, BULK=bulk, PREFETCH=not self._dry_run, num_warps=_WARPS)
+            _prefetch_kernel[grid](
+                x.view(torch.int8), share, BULK=bulk, PREFETCH=not self._dry_run, num_warps=_WARPS
+            )
             self._barriers(50)  # some time for it to arrive
 
         before: dict[str, Call] = {"cold": lambda: None, "lines": lambda: prefetch(False)}

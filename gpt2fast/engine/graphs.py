@@ -1,6 +1,8 @@
 """Work on a CUDA device that is recorded once and replayed: a graph for each kind of step."""
 
 import contextlib
+import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -12,6 +14,9 @@ Work = Callable[[], None]
 # Streams of objects that were closed. Libraries keep a workspace for every stream they ever saw, of
 # up to 32 MB, so new ones are made only where none is left.
 _UNUSED_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+
+# PyTorch records one graph at a time, and its allocator gives nothing back meanwhile.
+_RECORDING = threading.Lock()
 
 
 class Replayer:
@@ -33,11 +38,16 @@ class Replayer:
         self._pool: Any = None  # all graphs work in the same memory, one after the other
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            with contextlib.suppress(IndexError):
-                self._stream = _UNUSED_STREAMS[device].pop()
-            if self._stream is None:
+            unused = _UNUSED_STREAMS[device]
+            try:
+                stream = unused.pop()
+            except IndexError:
                 with torch.cuda.device(device):
-                    self._stream = torch.cuda.Stream()
+                    stream = torch.cuda.Stream()
+            self._stream = stream
+            # Once: when this object is closed, or when nobody has it any longer.
+            self._leave = weakref.finalize(self, unused.append, stream)
+            self._leave.atexit = False
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -76,8 +86,11 @@ class Replayer:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # What other threads ask of CUDA meanwhile is no business of this capture.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        with (
+            _RECORDING,
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ),
         ):
             work()
         return graph
@@ -93,5 +106,17 @@ class Replayer:
         """Drop everything; nothing may be run afterwards."""
         self.forget()
         if self._stream is not None:
-            _UNUSED_STREAMS[self._device].append(self._stream)
+            self._leave()
             self._stream = None
+
+
+def empty_cache() -> None:
+    """Give the devices back what no tensor and no graph uses, while nobody records."""
+    if torch.cuda.is_initialized():  # never in a forked process, which may have inherited the lock
+        with _RECORDING:
+            torch.cuda.empty_cache()
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it is ending."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

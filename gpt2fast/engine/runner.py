@@ -1,15 +1,32 @@
 """What the engine asks of whatever evaluates the model: one interface for CPU and GPU."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from gpt2fast.kernels.decode_state import DecodeState
 
+# How PyTorch says it: where CUDA itself has none, for a module or a graph say, and on a CPU.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
 
 class OutOfMemory(RuntimeError):
     """There is no memory for what a runner was to do. Nothing of it was done."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever kind, says that there is no memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """Of the message; the error's kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Runner(Protocol):
@@ -31,6 +48,13 @@ class Runner(Protocol):
     shares_prefix: bool
     look_every: int
     proposes: bool
+
+    def working(self) -> AbstractContextManager[None]:
+        """Within, what is done to the state is in order with what the runner does.
+
+        A runner may do its work on a stream of its own, which the caller's current stream waits for
+        when the block is left, and which has waited for that when it is entered.
+        """
 
     def prefill(self, slot: int, start: int, end: int) -> None:
         """Evaluate ``state.tokens[slot, start:end]``; positions before ``start`` are in the cache.

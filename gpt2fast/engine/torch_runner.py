@@ -7,6 +7,7 @@ that stream through the caches, every allocation and every view is felt.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,9 @@ class TorchRunner:
             device=model.device,
         )
         self._rows = _Rows(self._cache, config.n_embd, config.inner_size)
+
+    def working(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def prefill(self, slot: int, start: int, end: int) -> None:
         self.prefill_many([(slot, start, end)])

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from gpt2fast.engine.float8 import FLOAT8, cache_dtype_of, check_device, raw
-from gpt2fast.engine.graphs import Replayer
+from gpt2fast.engine.agreement import disagreement
+from gpt2fast.engine.float8 import cache_dtype_of, check_device, raw
+from gpt2fast.engine.graphs import Replayer, empty_cache, has_dependent_launch
 from gpt2fast.engine.prompt import PromptPass
-from gpt2fast.engine.runner import OutOfMemory
+from gpt2fast.engine.runner import OutOfMemory, first_line
 from gpt2fast.engine.weights import pack, why_not
 from gpt2fast.kernels import decode_step
-from gpt2fast.kernels.decode_state import DecodeState
+from gpt2fast.kernels.decode_state import IDLE, DecodeState
 from gpt2fast.kernels.decode_step import BUCKETS, FEW_ROWS, StepBuffers
 
 if TYPE_CHECKING:
@@ -40,11 +41,11 @@ DRIVERS = ("auto", "graph", "persistent")
 ROWS_OF_A_PROMPT = 64
 _PROMPT_LENGTHS = (128, 256, 512, 1024)  # buckets; beside them the capacity
 _SHORTEST_CONTEXT = 64  # contexts come in powers of two from here on, for the number of splits
-# How far the two drivers' hidden states may lie apart, of the largest, as they add up in other
-# orders; by the cache's dtype: of float8 that may turn a last bit, which is an eighth of a value.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, FLOAT8: 1e-1}
 _ALIGNMENT = 8  # elements; loads are of 16 bytes
 _MAX_HEAD_SIZE = 128
+# Tokens that a proposal matches at most: compiling takes longer with each. What is proposed changes
+# no token.
+_LONGEST_NGRAM = 16
 
 
 def unsupported(model: "LanguageModel") -> str | None:
@@ -113,14 +114,14 @@ class TritonRunner:
         cache_dtype = cache_dtype_of(model, cache_dtype)
         check_device(cache_dtype, self._device)
         self.slots, self.capacity, self._driver = slots, capacity, driver
-        self._pdl = _has_dependent_launch(self._device)
+        self._pdl = has_dependent_launch(self._device)
         self._replayer = Replayer(self._device)
         self._buffers: dict[tuple[int, int], StepBuffers] = {}
         self._tables: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._prompt: PromptPass | None = None
-        self._resident: dict[tuple[int, int, bool], StepBuffers] = {}
+        self._resident: dict[tuple[int, int, bool, int, int], StepBuffers] = {}
         self._trusted = True  # the persistent kernel, until it is seen to err
-        with self._working():
+        with self.working():
             self._build(model, bits, cache_dtype)
 
     def _build(self, model: "LanguageModel", bits: int | None, cache_dtype: torch.dtype) -> None:
@@ -139,16 +140,18 @@ class TritonRunner:
             )
         except torch.OutOfMemoryError as error:
             self.close()
-            raise OutOfMemory(_first_line(error)) from None
+            raise OutOfMemory(first_line(error)) from None
 
     def prefill(self, slot: int, start: int, end: int) -> None:
         """As the protocol has it. Waits for nothing."""
-        with self._working():
+        with self.working():
             if start == 0 and end > ROWS_OF_A_PROMPT:
                 self._prefill_whole(slot, end)
             else:
                 self._prefill_rows(slot, start, end)
-            self.state.lengths[slot : slot + 1].clamp_(min=end)  # of a slot that is not RUNNING
+            # Where nothing was to be chosen; a choice that failed has brought no token.
+            own = slice(slot, slot + 1)
+            self.state.lengths[own].add_(self.state.status[own] == IDLE)
 
     def _prefill_whole(self, slot: int, length: int) -> None:
         """All of a prompt at once, and the choice behind its last token."""
@@ -213,7 +216,8 @@ class TritonRunner:
             raise ValueError(f"at most {BUCKETS[-1] - 1} drafts; got {drafts}")
         keys = context + steps * a_slot if context else self.capacity
         together = BUCKETS[-1] // a_slot
-        with self._working():
+        ngram = min(ngram, _LONGEST_NGRAM)
+        with self.working():
             for i in range(0, len(slots), together):
                 self._advance(list(slots[i : i + together]), steps, drafts, ngram, plain, keys)
 
@@ -223,7 +227,7 @@ class TritonRunner:
         rows = [slot for slot in slots for _ in range(drafts + 1)]
         buffers = self._rows(rows, list(range(drafts + 1)) * len(slots), keys)
         key = ("step", buffers.rows, buffers.splits, drafts, ngram, plain)
-        persistent = self._persistent(buffers, plain)
+        persistent = self._persistent(buffers, plain, drafts, ngram)
         if persistent is not None:
             # Where it counts one launch serves all steps: there is nothing to record.
             decode_step.decode_persistent(
@@ -247,7 +251,9 @@ class TritonRunner:
         for _ in range(steps):
             self._replayer.run(key, work)
 
-    def _persistent(self, buffers: StepBuffers, plain: bool) -> StepBuffers | None:
+    def _persistent(
+        self, buffers: StepBuffers, plain: bool, drafts: int, ngram: int
+    ) -> StepBuffers | None:
         """Buffers for the persistent kernel, where it is to do this step."""
         automatic = self._driver == "auto"
         if buffers.rows > FEW_ROWS or self._driver == "graph":
@@ -255,10 +261,10 @@ class TritonRunner:
         # Where tokens are chosen by their logits it is two launches a step, on the host's time.
         if automatic and (self._device.type == "cpu" or not self._trusted or not plain):
             return None
-        key = buffers.rows, buffers.splits, plain
+        key = buffers.rows, buffers.splits, plain, drafts, ngram  # each a kernel of its own
         if key not in self._resident:
             made = self._made(lambda: decode_step.persistent_buffers(buffers))
-            if automatic and not self._agrees(buffers, made, plain):
+            if automatic and not self._agrees(buffers, made, plain, drafts, ngram):
                 return None
             self._resident[key] = made
         return self._resident[key]
@@ -268,27 +274,19 @@ class TritonRunner:
         """The driver of the steps of few rows so far, or of all if there were none."""
         return "persistent" if self._resident else "graph"
 
-    def _agrees(self, buffers: StepBuffers, persistent: StepBuffers, plain: bool) -> bool:
+    def _agrees(
+        self, buffers: StepBuffers, persistent: StepBuffers, plain: bool, drafts: int, ngram: int
+    ) -> bool:
         """Whether the persistent kernel runs here, and gives what the kernels by phases give."""
-        fields = (getattr(self.state, field.name) for field in dataclasses.fields(DecodeState))
-        trial = self._made(lambda: DecodeState(*(tensor.clone() for tensor in fields)))
-        found = []
-        try:
-            decode_step.decode_persistent(
-                self.weights, trial, self._cache, persistent, 1, greedy=plain
-            )
-            found.append(_outcome(persistent, plain))
-            self._evaluate(buffers, plain)
-            found.append(_outcome(buffers, plain))
-            error = max(
-                float((ours - reference).abs().max() / reference.abs().max().clamp_min(1e-30))
-                for ours, reference in zip(*found, strict=True)
-            )
-            reason = None if error <= _TOLERANCE[self._cache.dtype] else f"it is off by {error:.1e}"
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as failure:  # whatever compiler, driver or launch have to say
-            reason = _first_line(failure)
+        held = [getattr(self.state, field.name) for field in dataclasses.fields(DecodeState)]
+        trial = self._made(lambda: DecodeState(*(tensor.clone() for tensor in held)))
+        reason = disagreement(
+            *(self.weights, trial, self._cache, buffers, persistent),
+            greedy=plain,
+            drafts=drafts,
+            ngram=ngram,
+            pdl=self._pdl,
+        )
         if reason is not None:
             self._trusted = False
             warnings.warn(
@@ -346,27 +344,28 @@ class TritonRunner:
             return make()
         except torch.OutOfMemoryError:
             self._replayer.forget()
-            torch.cuda.empty_cache()
+            empty_cache()
         try:
             return make()
         except torch.OutOfMemoryError as error:
-            raise OutOfMemory(_first_line(error)) from None
+            raise OutOfMemory(first_line(error)) from None
 
     @contextlib.contextmanager
-    def _working(self) -> Iterator[None]:
+    def working(self) -> Iterator[None]:
+        """As the protocol has it."""
         # State and cache are ordinary tensors whatever mode the caller is in; leaving inference
         # mode turns gradients on.
         with torch.inference_mode(False), torch.no_grad(), self._replayer.stream():
             yield
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        with self._working():
+        with self.working():
             cache = raw(self._cache)
             cache[:, :, target, :, :length] = cache[:, :, source, :, :length]
 
     def keys_values(self, slot: int, length: int) -> list[Tensor]:
         """As the protocol has it. Waits for the device."""
-        with self._working():
+        with self.working():
             layers = self._cache[:, :, slot, :, :length].to(self._dtype, copy=True)
             shared = min(int(self.state.prefix_lengths[slot]), length)
             if shared:
@@ -381,19 +380,3 @@ class TritonRunner:
         self._tables.clear()
         for name in ("weights", "state", "_cache", "_prompt"):
             self.__dict__.pop(name, None)
-
-
-def _outcome(buffers: StepBuffers, plain: bool) -> tuple[Tensor, Tensor]:
-    """What a step leaves of its rows, as copies: hidden states, and the largest logits."""
-    used = buffers.slots >= 0
-    logits = buffers.best_value if plain else buffers.logits
-    return buffers.residual[used], logits.amax(1)[used]
-
-
-def _has_dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before it is ending."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,7 @@
 """The runner that the others are checked against: the model's own forward pass, slot by slot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class ReferenceRunner:
 
     Attributes:
         calls: what was asked for, in order.
+        at_work: whether somebody is within `working`; the state is not to be touched elsewhere.
     """
 
     def __init__(
@@ -37,11 +39,19 @@ class ReferenceRunner:
         self.slots, self.capacity = slots, capacity
         self.shares_prefix, self.look_every, self.proposes = shares, look_every, proposes
         self.calls: list[tuple[Any, ...]] = []
-        self.closed = False
+        self.closed, self.at_work = False, False
         self.state = DecodeState.empty(slots, capacity, config.vocab_size, model.device)
         self._model = model
         size = (config.n_layer, 2, slots, config.n_head, capacity, config.head_size)
         self._cache = torch.full(size, torch.nan, dtype=model.dtype, device=model.device)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        outer, self.at_work = self.at_work, True
+        try:
+            yield
+        finally:
+            self.at_work = outer
 
     def prefill(self, slot: int, start: int, end: int) -> None:
         self.calls.append(("prefill", slot, start, end))

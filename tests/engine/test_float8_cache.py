@@ -140,7 +140,7 @@ def test_the_drivers_agree() -> None:
     runner = TritonRunner(tiny(n_layer=1), 1, POSITIONS, cache_dtype=FLOAT8)
     start(runner, 0, prompt(5), 4)
     buffers = runner._rows([0], [0], 6)
-    assert runner._agrees(buffers, decode_step.persistent_buffers(buffers), True)
+    assert runner._agrees(buffers, decode_step.persistent_buffers(buffers), True, 0, 0)
     assert runner.served_by == "graph"
 
 

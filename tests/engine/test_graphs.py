@@ -1,6 +1,8 @@
 """Recording and replaying, with stand-ins for a CUDA device."""
 
 import contextlib
+import gc
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -110,6 +112,55 @@ def test_streams_are_used_again(device: Device) -> None:
     assert third._stream is streams[0]
     assert fourth._stream is not streams[1]
     assert Replayer(torch.device("cuda", 1))._stream is not None
+
+
+def test_streams_come_back_from_what_was_dropped(device: Device) -> None:
+    gpu = torch.device("cuda", 0)
+    first = Replayer(gpu)
+    stream = first._stream
+    del first
+    gc.collect()
+    second = Replayer(gpu)
+    assert second._stream is stream
+    second.close()
+    del second
+    gc.collect()
+    third, fourth = Replayer(gpu), Replayer(gpu)
+    assert third._stream is stream
+    assert fourth._stream is not stream
+
+
+def test_one_graph_is_recorded_at_a_time(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does another thread give memory back meanwhile."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: device.log.append("empty"))
+    first, second = (Replayer(torch.device("cuda", 0)) for _ in range(2))
+    for replayer in (first, second):
+        replayer.run("step", lambda: None)
+    recording, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        recording.set()
+        assert go_on.wait(60)
+
+    recorder = threading.Thread(target=first.run, args=("step", work))
+    others = [
+        threading.Thread(target=second.run, args=("step", lambda: None)),
+        threading.Thread(target=graphs.empty_cache),
+    ]
+    recorder.start()
+    assert recording.wait(60)
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join(0.2)
+    before = list(device.log)
+    go_on.set()
+    for thread in (recorder, *others):
+        thread.join(60)
+    assert before == ["begin"]
+    assert device.log.count("end") == 2
+    assert device.log.index("end") < device.log.index("empty")
 
 
 def test_other_devices_record_nothing() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from gpt2fast import kernels
+from gpt2fast import Engine, kernels
 from gpt2fast.engine import triton_runner
 from gpt2fast.engine.runner import OutOfMemory
 from gpt2fast.engine.torch_runner import TorchRunner
 from gpt2fast.engine.triton_runner import TritonRunner, unsupported
 from gpt2fast.engine.weights import pack
 from gpt2fast.kernels import decode_step
-from gpt2fast.kernels.decode_state import EOS, IDLE, LIMIT, RUNNING
+from gpt2fast.kernels.decode_state import BROKEN, EOS, IDLE, LIMIT, RUNNING
 from gpt2fast.kernels.packing import dequantize
 from tests.engine.runners import (
     POSITIONS,
@@ -138,34 +138,30 @@ def test_persistent_kernel() -> None:
     assert tokens(runner, 0) == plain(model, ids, 4)
 
 
-@pytest.mark.parametrize("error", [None, 0.01, float("nan"), RuntimeError("not resident")])
-def test_persistent_kernel_is_not_trusted_blindly(
-    error: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runner = TritonRunner(tiny(n_layer=1), 1, POSITIONS)
-    start(runner, 0, prompt(1), 4)
-    before = copy.deepcopy(runner.state)
-    buffers = runner._rows([0], [0], 1)
-    persistent = decode_step.persistent_buffers(buffers)
+def test_matches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, asked = TritonRunner(tiny(n_layer=1), 1, POSITIONS), []
+    start(runner, 0, prompt(2), 9)
+    monkeypatch.setattr(decode_step, "propose", lambda *args, **_: asked.append(args[2:4]))
+    for ngram in (2, 1000):
+        runner.advance([0], 1, 1, ngram)
+    assert asked == [(1, 2), (1, 16)]
 
-    def decode(weights: Any, state: Any, cache: Any, own: Any, steps: int, greedy: bool) -> None:
-        if isinstance(error, Exception):
-            raise error
-        runner._evaluate(buffers, greedy)
-        own.best_value.fill_(buffers.best_value.max())
-        if error is not None:
-            own.residual[0, 3] += error * own.residual.abs().max()
-        state.tokens.zero_()  # it chooses and commits
 
-    monkeypatch.setattr(decode_step, "decode_persistent", decode)
-    if error is None:
-        assert runner._agrees(buffers, persistent, True)
-    else:
-        with pytest.warns(UserWarning, match="a kernel a phase instead of one kernel: "):
-            assert not runner._agrees(buffers, persistent, True)
-    assert runner._trusted == (error is None)
-    assert torch.equal(runner.state.tokens, before.tokens)
-    assert torch.equal(runner.state.lengths, before.lengths)
+@pytest.mark.usefixtures("short_rows")
+@pytest.mark.parametrize("length", [3, 6])
+def test_a_prompt_without_a_next_token(length: int) -> None:
+    """Nothing is handed out for it, whichever way prompts go."""
+    model = tiny(n_layer=1)
+    with torch.no_grad():
+        model.transformer.wpe.weight[length - 1] = torch.nan
+    runner = TritonRunner(model, 1, POSITIONS)
+    runner.state.tokens.fill_(11)  # of whoever had the slot before
+    with Engine(model, runner=runner) as engine:
+        sequence = engine.submit(prompt(length), max_new_tokens=4, eos_token_id=[])
+        engine.step()
+        assert runner.state.status.tolist() == [BROKEN]
+        assert runner.state.lengths.tolist() == [length - 1]
+    assert (sequence.finish_reason, sequence.token_ids) == ("error", [])
 
 
 def test_accepted_drafts_save_steps() -> None:
