@@ -32,11 +32,6 @@ CONFIG_FIELD = "quantization_config"
 # Mode -> bits of the blocks' matrices, and of the head and the token embedding.
 MODES = {"int8": (8, 8), "fp16": (16, 16), "int4": (4, 8)}
 _DTYPES = {16: torch.float16, 8: torch.int8, 4: torch.uint8}
-_FORMS: dict[int, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
-    16: lambda weight: (weight.half(), None),
-    8: packing.quantize_int8,
-    4: packing.quantize_int4,
-}
 _LARGEST = 65504  # of float16; weights are of the order of 1
 _BLOCK = 8192  # outputs that are quantised at a time
 _BLOCK_MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -62,18 +57,20 @@ def quantize(model: Model, mode: str) -> Model:
         TypeError: the model has a module that cannot be quantised.
     """
     bits = bits_of(mode)
-    if any(isinstance(module, Quantized) for module in model.modules()):
+    if is_quantized(model):
         held = getattr(model.config, CONFIG_FIELD, None)
         raise ValueError(f"the model is quantised already: {held}")
     targets = _targets(model)
     for name, module in targets:
         _check(name, module)
+    for name, module in targets:
+        _check_values(name, _output_major(module, module.weight.detach()), bits(name))
     dtype = model.dtype
     model.eval().requires_grad_(False)
     rows: tuple[Tensor, Tensor | None] | None = None
     for name, module in targets:
         if not isinstance(module, nn.Linear) or rows is None:
-            form = _form(name, _output_major(module, module.weight.detach()), bits(name))
+            form = _form(_output_major(module, module.weight.detach()), bits(name))
         else:
             form = rows
         if isinstance(module, nn.Embedding) and model.config.tie_word_embeddings:
@@ -95,6 +92,10 @@ def bits_of(mode: str) -> Callable[[str], int]:
     return lambda name: matrices if name.endswith(_BLOCK_MATRICES) else rows
 
 
+def is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, Quantized) for module in model.modules())
+
+
 def stored_tensors(model: "PreTrainedModel") -> dict[str, Tensor]:
     """What a checkpoint holds: each parameter and each quantised tensor once, by its first name."""
     tensors: dict[str, Tensor] = dict(model.named_parameters())
@@ -113,23 +114,27 @@ def is_form(model: nn.Module, name: str) -> bool:
     return leaf in ("weight", "scale") and isinstance(model.get_submodule(module), Quantized)
 
 
-def drop_tied_head(model: "PreTrainedModel", tensors: dict[str, Tensor]) -> None:
-    """Drop a tied head's entries where they repeat the embedding's, as a state dict has them."""
-    if not model.config.tie_word_embeddings or not hasattr(model, "lm_head"):
-        return
-    for leaf in ("weight", "scale"):
-        head, rows = f"lm_head.{leaf}", f"{model.base_model_prefix}.wte.{leaf}"
-        if head in tensors and rows in tensors and torch.equal(tensors[head], tensors[rows]):
-            del tensors[head]
+def tied_head(model: nn.Module) -> dict[str, str]:
+    """The entries of a quantised head that is tied, each with the embedding's that it repeats."""
+    head, config = getattr(model, "lm_head", None), getattr(model, "config", None)
+    if not isinstance(head, QuantizedHead) or config is None or not config.tie_word_embeddings:
+        return {}
+    rows = f"{model.base_model_prefix}.wte"
+    return {f"lm_head.{leaf}": f"{rows}.{leaf}" for leaf in ("weight", "scale")}
 
 
 def make_room(model: "PreTrainedModel", mode: str, dtype: torch.dtype) -> None:
-    """Put empty quantised modules into a float model on the meta device, for `stored_tensors`."""
+    """Put empty quantised modules into a float model on the meta device, for `stored_tensors`.
+
+    Raises:
+        ValueError: the mode cannot hold a matrix of the model's.
+    """
     bits = bits_of(mode)
     for name, module in _targets(model):
         weight = _output_major(module, module.weight)
         rows, inner = weight.shape
         form = bits(name)
+        _check_inputs(name, inner, form)
         groups = -(-inner // packing.INT4_GROUP)
         scale = {16: None, 8: (rows,), 4: (rows, groups)}[form]
         data = weight.new_empty(rows, inner // 2 if form == 4 else inner, dtype=_DTYPES[form])
@@ -147,7 +152,8 @@ def quantize_tensors(model: "PreTrainedModel", weights: dict[str, Tensor], mode:
         if key not in weights:
             continue  # a tied head
         weight = weights.pop(key)
-        form = _form(name, _output_major(module, weight), bits(name))
+        _check_values(name, _output_major(module, weight), bits(name))
+        form = _form(_output_major(module, weight), bits(name))
         weights[key] = form[0]
         if form[1] is not None:
             weights[f"{name}.scale"] = form[1]
@@ -210,16 +216,23 @@ def _check(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name} is on the meta device: it has no values to quantise")
 
 
-def _form(name: str, weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-    """``[N, K]`` in the form of so many bits, a block of outputs at a time."""
-    if bits == 4 and weight.shape[1] % 2:
-        raise ValueError(f"int4 needs an even number of inputs; {name} has {weight.shape[1]}")
-    parts: list[tuple[Tensor, Tensor | None]] = []
+def _check_inputs(name: str, inner: int, bits: int) -> None:
+    if bits == 4 and inner % 2:
+        raise ValueError(f"int4 needs an even number of inputs; {name} has {inner}")
+
+
+def _check_values(name: str, weight: Tensor, bits: int) -> None:
+    """Whether ``[N, K]`` fits the form of so many bits."""
+    _check_inputs(name, weight.shape[1], bits)
     for block in weight.split(_BLOCK):
         top = block.abs().max().item()
         if not top < _LARGEST:
             raise ValueError(f"{name} holds {top}, which is not finite or too large")
-        parts.append(_FORMS[bits](block.contiguous()))
+
+
+def _form(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """``[N, K]`` in the form of so many bits, a block of outputs at a time."""
+    parts = [packing.FORMS[bits](block.contiguous()) for block in weight.split(_BLOCK)]
     data = torch.cat([data for data, _ in parts])
     scales = [scale for _, scale in parts if scale is not None]
     return data, torch.cat(scales) if scales else None

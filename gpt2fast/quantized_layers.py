@@ -1,7 +1,8 @@
 """The modules that hold low-bit weights, output-major as `gpt2fast.kernels.packing` has them.
 
-On a CPU a matrix is laid out for the op that multiplies it at its first use, and kept in that
-layout alone: what the state dict then needs is unpacked from it.
+On a CPU a matrix is laid out for the op that multiplies it at its first use. One of a block is
+then kept in that layout alone, and what the state dict needs is unpacked from it; the head's rows
+stay beside their layout, and are laid out again once they have changed.
 """
 
 from collections.abc import Callable
@@ -66,7 +67,7 @@ class Quantized(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantized":
         """Moves. A cast is for the floating tensors around the form, not for the form itself."""
-        if self.packed is not None and fn(torch.empty(0)).device.type != "cpu":
+        if self.packed is not None and fn(torch.empty(0, device="cpu")).device.type != "cpu":
             self.unpack()
         form = {name: self._buffers.pop(name) for name in ("weight", "scale")}
         super()._apply(fn, recurse)
@@ -163,6 +164,9 @@ class _Linear(Quantized):
 class QuantizedHead(_Linear):
     """The language-model head. Its rows stay beside their packed layout: the embedding reads them.
 
+    They may so be written through the embedding, of which the packed layout knows nothing: it is
+    compared with them at every call. Tensors made in inference mode do not tell of writes.
+
     Args:
         weight, scale, bits: as `Quantized` has them.
     """
@@ -177,6 +181,23 @@ class QuantizedHead(_Linear):
             self._buffers.update(weight=rows["weight"], scale=rows["scale"])
             self.packed = None
 
+    def rows(self, x: Tensor) -> Tensor:
+        packed = self.packed
+        if packed is not None and not _same(packed.source, self._source()):
+            self.packed = None
+        return super().rows(x)
+
+    def _pack(self) -> quantized.Packed | None:
+        source = self._source()  # first, so that a write meanwhile is seen
+        packed = super()._pack()
+        if packed is not None:
+            packed.source = source
+        return packed
+
+    def _source(self) -> tuple[tuple[Tensor, int], ...]:
+        held = (self.weight, self.scale)
+        return tuple((t, 0 if t.is_inference() else t._version) for t in held if t is not None)
+
 
 class QuantizedConv1D(_Linear):
     """Stands in for `Conv1D`, with the weight output-major. Packed, it keeps no second copy."""
@@ -187,6 +208,12 @@ class QuantizedConv1D(_Linear):
         if packed is not None:
             self._buffers["weight"] = None
         return packed
+
+
+def _same(first: tuple[tuple[Tensor, int], ...], second: tuple[tuple[Tensor, int], ...]) -> bool:
+    return len(first) == len(second) and all(
+        a is b and version == other for (a, version), (b, other) in zip(first, second, strict=True)
+    )
 
 
 def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

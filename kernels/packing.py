@@ -10,6 +10,7 @@ Two int4 values share a byte: the even k in the low half, the odd one in the hig
 group of a row may be shorter than 128.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +114,14 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     q = (grouped / scale[:, :, None]).round().clamp(-8, 7).to(torch.int8) + 8
     q = q.view(rows, -1)[:, :inner].to(torch.uint8)
     return q[:, ::2] | (q[:, 1::2] << 4), scale
+
+
+# Bits -> data and scale of ``[N, K]`` in that form.
+FORMS: dict[int, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
+    16: lambda weight: (weight.half(), None),
+    8: quantize_int8,
+    4: quantize_int4,
+}
 
 
 def dequantize(data: Tensor, scale: Tensor | None, bits: int) -> Tensor:

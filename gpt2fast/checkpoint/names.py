@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gpt2fast.checkpoint.weights import CheckpointError
+from gpt2fast.quantization import tied_head
 
 # Parts of a name that wrappers insert: DataParallel, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -76,12 +77,12 @@ def _names(model: nn.Module) -> Iterator[str]:
 
 
 def merge_tied(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, str]:
-    """Leave one entry for every tied parameter: the model's first name of it.
+    """Leave one entry for every tied parameter, or quantised matrix: the model's first name of it.
 
     A second one is dropped, or stands in for a missing first one.
 
     Returns:
-        The second names of the model's tied parameters, each with the first one.
+        The second names of the model's tied tensors, each with the first one.
 
     Raises:
         CheckpointError: the two are there and differ.
@@ -92,6 +93,7 @@ def merge_tied(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, str]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if first_name[id(parameter)] != name
     }
+    tied |= tied_head(model)
     for second, first in tied.items():
         if (copy := state_dict.pop(second, None)) is None:
             continue

@@ -30,8 +30,9 @@ from gpt2fast.checkpoint.weights import (
 from gpt2fast.config import GPT2Config
 from gpt2fast.files import replacing
 from gpt2fast.quantization import (
-    drop_tied_head,
+    CONFIG_FIELD,
     is_form,
+    is_quantized,
     make_room,
     quantize_tensors,
     stored_tensors,
@@ -235,6 +236,8 @@ def save_pretrained(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     fields.pop("torch_dtype", None)
+    if not is_quantized(model):  # its configuration may be a quantised one's all the same
+        fields.pop(CONFIG_FIELD, None)
     with replacing(folder / CONFIG_FILE) as file:
         file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -291,12 +294,13 @@ def _load(
         # On the meta device nothing is allocated, but sizes past 64 bits do not even exist.
         raise CheckpointError(f"the configuration's sizes are impossible: {error}") from error
     if stored is not None:
-        make_room(model, stored, dtype)
+        try:
+            make_room(model, stored, dtype)
+        except ValueError as error:
+            raise CheckpointError(f"config: {error}") from error
     expected = stored_tensors(model)
     found = rename_for(model, tensors)
     merge_tied(model, found)
-    if stored is not None:
-        drop_tied_head(model, found)
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     weights = {name: found[name] for name in expected if name in found}
     check_tensors(model, expected, weights)

@@ -5,7 +5,7 @@ The engine computes what the modules of `gpt2fast.transformer` compute when nobo
 activation. Packed weights are copies, so `fingerprint` tells whether they are still the model's.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -14,13 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as nn_module
 
 from gpt2fast.kernels.backend import DTYPES
-from gpt2fast.kernels.packing import (
-    DecodeWeights,
-    Matrix,
-    dequantize,
-    quantize_int4,
-    quantize_int8,
-)
+from gpt2fast.kernels.packing import FORMS, DecodeWeights, Matrix, dequantize
 from gpt2fast.layers import (
     GPT2MLP,
     Conv1D,
@@ -43,12 +37,6 @@ if TYPE_CHECKING:
 
 Fingerprint = tuple[Hashable, ...]
 
-_FORMS: dict[int, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
-    32: lambda weight: (weight, None),
-    16: lambda weight: (weight, None),
-    8: quantize_int8,
-    4: quantize_int4,
-}
 _KNOWN = {
     *(GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, LayerNorm, Conv1D),
     *(nn.Embedding, nn.Linear, nn.GELU, nn.Dropout),
@@ -214,7 +202,7 @@ def fingerprint(model: "LanguageModel") -> Fingerprint:
         (block.attn.scaling, block.attn.num_heads, block.ln_1.eps) for block in _blocks(model)
     ]
     for module, name, tensor in _tensors(model):
-        if isinstance(module, Quantized) and name == "weight" and tensor.device.type == "cpu":
+        if isinstance(module, QuantizedConv1D) and name == "weight" and tensor.device.type == "cpu":
             continue  # on a CPU it gives way to its packed form; the others tell of a change
         values += (
             # Addresses are used again: a reference tells storages apart without keeping them.
@@ -335,7 +323,7 @@ def _matrix(weights: list[Tensor], bias: Tensor | None, bits: int | None) -> Mat
     form = 8 * weights[0].element_size() if bits is None else bits
     data = scales = None
     for i, weight in enumerate(weights):
-        packed, scale = _FORMS[form](weight)
+        packed, scale = (weight, None) if bits is None else FORMS[bits](weight)
         if data is None:
             data = packed.new_empty(len(weights), *packed.shape)
             scales = None if scale is None else scale.new_empty(len(weights), *scale.shape)

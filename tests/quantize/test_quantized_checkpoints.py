@@ -93,6 +93,22 @@ def test_quantised_while_loading(
     assert torch.equal(_logits(given), _logits(loaded))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_tensors_of_a_file_are_a_state_dict(saved: Path, assign: bool) -> None:
+    model = GPT2LMHeadModel.from_pretrained(saved)
+    expected = _logits(model)
+    tensors = load_file(saved / "model.safetensors")
+    model.transformer.wte.weight.zero_()
+    assert not torch.equal(_logits(model), expected)
+    model.load_state_dict(tensors, assign=assign)
+    assert torch.equal(_logits(model), expected)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    head = tensors["transformer.wte.weight"]
+    model.load_state_dict({**tensors, "lm_head.weight": head.clone()})
+    with pytest.raises(CheckpointError, match="differ in the checkpoint"):
+        model.load_state_dict({**tensors, "lm_head.weight": torch.zeros_like(head)})
+
+
 MEMORY = """
 import re, sys
 from pathlib import Path
@@ -183,6 +199,21 @@ def test_hostile_tensors(
         GPT2LMHeadModel.from_pretrained(tmp_path)
 
 
+def test_an_odd_width_under_int4(floats: GPT2LMHeadModel, tmp_path: Path) -> None:
+    def narrow(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if ".mlp.c_fc." in name:
+                tensors[name] = tensor[:127].contiguous()
+            elif name.endswith(".mlp.c_proj.weight"):
+                tensors[name] = tensor[:, :63].contiguous()
+
+    quantize(floats, "int4").save_pretrained(tmp_path)
+    _change(tmp_path, narrow)
+    _configure(tmp_path, n_inner=127)
+    with pytest.raises(CheckpointError, match=r"even number of inputs; .*mlp\.c_proj has 127"):
+        GPT2LMHeadModel.from_pretrained(tmp_path)
+
+
 def test_float_weights_under_a_quantised_configuration(
     floats: GPT2LMHeadModel, tmp_path: Path
 ) -> None:
@@ -215,6 +246,14 @@ def test_the_float_checkpoint_is_as_ever(floats: GPT2LMHeadModel, tmp_path: Path
     twin.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert not any(name.endswith("scale") for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_a_float_model_of_a_quantised_configuration(
+    floats: GPT2LMHeadModel, tmp_path: Path
+) -> None:
+    twin = GPT2LMHeadModel(quantize(floats, "int8").config).eval()
+    twin.save_pretrained(tmp_path)
+    assert torch.equal(_logits(GPT2LMHeadModel.from_pretrained(tmp_path)), _logits(twin))
 
 
 def test_the_command_line_quantises(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,9 +18,10 @@ from gpt2fast import (
     GPT2Tokenizer,
     quantize,
 )
+from gpt2fast.engine.weights import fingerprint
 from gpt2fast.kernels import packing, quantized
 from gpt2fast.layers import Conv1D
-from gpt2fast.quantization import stored_tensors
+from gpt2fast.quantization import is_quantized, stored_tensors
 from gpt2fast.quantized_layers import QuantizedConv1D, QuantizedEmbedding, QuantizedHead
 from tests.tolerances import assert_close, relative_error
 
@@ -143,6 +144,24 @@ def test_state_dicts(floats: GPT2LMHeadModel, mode: str) -> None:
     assert torch.equal(_logits(target), expected)
 
 
+def test_the_head_follows_the_rows_that_it_shares(floats: GPT2LMHeadModel, mode: str) -> None:
+    other = copy.deepcopy(floats)
+    with torch.no_grad():
+        other.transformer.wte.weight.mul_(0.5).add_(0.01)
+    model, target = quantize(floats, mode), quantize(other, mode)
+    expected = _logits(model)
+    assert not torch.equal(_logits(target), expected)
+    target.transformer.load_state_dict(model.transformer.state_dict())
+    assert torch.equal(_logits(target), expected)
+    packed, mark = target.lm_head.packed, fingerprint(target)
+    assert torch.equal(_logits(target), expected)
+    assert target.lm_head.packed is packed
+    assert fingerprint(target) == mark
+    target.transformer.wte.weight[7] = 0  # which is none of the ids
+    assert not _logits(target)[..., 7].any()
+    assert fingerprint(target) != mark
+
+
 def test_a_float_state_dict_is_refused(floats: GPT2LMHeadModel) -> None:
     state = floats.state_dict()
     model = quantize(floats, "int8")
@@ -211,11 +230,25 @@ def test_what_cannot_be_quantised_is_left_whole(floats: GPT2LMHeadModel) -> None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e5])
-def test_weights_that_do_not_fit(floats: GPT2LMHeadModel, bad: float, mode: str) -> None:
+def test_weights_that_do_not_fit_leave_the_model_whole(
+    floats: GPT2LMHeadModel, bad: float, mode: str
+) -> None:
+    floats.train()
     with torch.no_grad():
-        floats.transformer.h[0].attn.c_proj.weight[3, 4] = bad
-    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_proj holds"):
+        floats.transformer.h[1].mlp.c_proj.weight[3, 4] = bad
+    with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_proj holds"):
         quantize(floats, mode)
+    assert not is_quantized(floats)
+    assert floats.training
+    assert all(parameter.requires_grad for parameter in floats.parameters())
+
+
+def test_int4_takes_an_even_number_of_inputs(floats: GPT2LMHeadModel) -> None:
+    model = GPT2LMHeadModel(GPT2Config.from_dict({**floats.config.to_dict(), "n_inner": 33}))
+    with pytest.raises(ValueError, match=r"even number of inputs; .*h\.0\.mlp\.c_proj has 33"):
+        quantize(model, "int4")
+    assert not is_quantized(model)
+    quantize(model, "int8")
 
 
 def test_the_bundled_model_loses_less_than_a_hundredth_of_its_perplexity() -> None:
