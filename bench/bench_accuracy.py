@@ -130,11 +130,11 @@ FORMS: dict[str, Change] = {
     "GPU: bfloat16 weights": _weights(_bfloat16, _bfloat16),
     "GPU: int8 weights": _weights(_int8, _int8),
     "GPU: int4 weights, int8 head": _weights(_int4, _int8),
-    "GPU: fp8 weights": _weights(_fp8, _fp8),
     "GPU: fp8 cache": _fp8_cache,
     "not used: int8, float embedding": _float_embedding,
     "not used: int8, one range for all rows": _one_range,
     "not used: int8 weights, clipped": _weights(_clipped_int8, _clipped_int8),
+    "not used: fp8 weights": _weights(_fp8, _fp8),
 }
 
 
