@@ -229,6 +229,7 @@ class Engine:
     def pull(self, sequences: Many[Sequence], count: int) -> None:
         """Step until each of ``sequences`` has ``count`` new tokens, or has ended.
 
+        An error that ends one before its token ``count`` is not kept waiting for the others.
         Several threads may pull at once: a step of any of them serves all.
 
         Raises:
@@ -240,6 +241,8 @@ class Engine:
             with self._lock:
                 if any(sequence.finish_reason == "cancelled" for sequence in sequences):
                     self._check_open()
+                if any(s.error is not None and len(s.token_ids) < count for s in sequences):
+                    return
                 if not any(sequence.hungry for sequence in sequences):
                     return
                 self._step()
@@ -253,6 +256,14 @@ class Engine:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._check_open()
             return self._batch.keys_values(sequence, length, pad)
+
+    def close_if_idle(self) -> bool:
+        """Close it unless somebody has a slot or waits for one; returns whether it is closed."""
+        with self._lock:
+            idle = self.idle
+            if idle:
+                self.close()
+            return idle
 
     def close(self) -> None:
         """Cancel what runs or waits and free the memory. A closed engine stays closed."""

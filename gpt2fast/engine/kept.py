@@ -5,6 +5,8 @@ so copies, pickles and state dicts of the model know nothing of it.
 """
 
 import contextlib
+import os
+import sys
 import threading
 import warnings
 import weakref
@@ -37,7 +39,8 @@ class _Kept:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        # Reentrant: while an engine is built the garbage collector may run what calls `release`.
+        self.lock = threading.RLock()
         self.engine: Engine | None = None
         self.mark: Hashable = None
         self.refused: tuple[Hashable, int, int] | None = None
@@ -51,7 +54,20 @@ class _Kept:
 
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
-_TABLE = threading.Lock()
+_TABLE = threading.RLock()  # reentrant for the same reason
+_INHERITED: list[_Kept] = []
+
+
+def _start_anew() -> None:
+    """In a forked process: other threads, which are not in it, may have held any of the locks."""
+    global _KEPT, _TABLE
+    # Not freed: a forked process cannot free what is on a GPU, and the rest it has not copied.
+    _INHERITED.extend(_KEPT.values())
+    _KEPT, _TABLE = weakref.WeakKeyDictionary(), threading.RLock()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def why_not_on(device: torch.device) -> str | None:
@@ -97,11 +113,8 @@ def engine_for(model: "LanguageModel", rows: int, positions: int) -> Engine | No
         engine = kept.engine
         if engine is not None and (engine.closed or kept.mark != mark):
             engine = kept.engine = None  # whoever still reads from it keeps it
-        if engine is not None:
-            if engine.slots >= rows and engine.capacity >= positions:
-                return engine
-            if not engine.idle:
-                return None
+        if engine is not None and engine.slots >= rows and engine.capacity >= positions:
+            return engine
         slots = max(_LEAST_SLOTS, _power_of_two(rows), 0 if engine is None else engine.slots)
         capacity = min(
             model.config.n_positions,
@@ -112,8 +125,8 @@ def engine_for(model: "LanguageModel", rows: int, positions: int) -> Engine | No
         slots = min(slots, most)
         if kept.refuses(mark, slots, capacity):
             return None
-        if engine is not None:
-            engine.close()
+        if engine is not None and not engine.close_if_idle():
+            return None
         engine = kept.engine = None  # its memory is free before the new one takes some
         kept.engine, kept.mark = _build(model, kept, mark, slots, capacity), mark
         return kept.engine
