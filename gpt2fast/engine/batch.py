@@ -74,7 +74,9 @@ class Batch:
         self._collect(started)
         running = self.scheduler.running()
         self._advance(running)
-        if idle and not running and any(s.hungry for s, _ in before):
+        stuck = idle and not running and any(s.hungry for s, _ in before)
+        # One that was cancelled meanwhile may hold the slot that another gets in the next step.
+        if stuck and not any(s.finish_reason == "cancelled" for s, _ in before):
             raise RuntimeError("no sequence can go on, though some have not ended")
         return [
             Event(s, s.token_ids[count:], s.finish_reason)
@@ -170,7 +172,7 @@ class Batch:
                 proposed = sequence.lookup.propose(min(room, _MAX_DRAFTS))
                 if proposed:
                     proposals[sequence] = proposed
-                    key = (1, sequence.options.max_matching_ngram_size)
+                    key = (1, sequence.lookup.ngram)
             groups.setdefault(key if self._runner.proposes else (key[0], 0), []).append(sequence)
         steps: dict[Sequence, int] = {}
         for (speculates, ngram), members in groups.items():

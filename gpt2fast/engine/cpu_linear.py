@@ -162,7 +162,7 @@ class _Buffer:
     """Room for one matrix in float32."""
 
     def __init__(self, device: torch.device) -> None:
-        self._values = torch.empty(0, device=device)
+        self._values = torch.empty(0, dtype=torch.float32, device=device)
 
     def reserve(self, size: int) -> None:
         if size > len(self._values):

@@ -56,6 +56,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_ids)
+        # Asking for more is asking for all; and the runner's integers have 32 bits.
+        self.least = min(self.least, self.limit)
         drafts = self.options.prompt_lookup_num_tokens
         if drafts:
             self.lookup = PromptLookup(self.tokens, drafts, self.options.max_matching_ngram_size)

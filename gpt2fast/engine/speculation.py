@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 _MISSES = 4  # steps in a row without an accepted draft, after which a pause comes
 _PAUSE = 16  # steps without a proposal
+# Each length of match costs an entry for every token of the sequence, and the entry holds that many
+# tokens: memory goes by the square of this. Longer matches would hardly change what is proposed.
+_MOST_NGRAM = 32
 
 
 class PromptLookup:
@@ -18,10 +21,12 @@ class PromptLookup:
     Args:
         tokens: the sequence, which grows behind this object's back.
         drafts: how many tokens to propose at most, at least 1.
-        ngram: how many tokens have to match at most, at least 1; longer matches go first.
+        ngram: how many tokens have to match at most, at least 1; longer matches go first. Above 32
+            it counts as 32.
     """
 
     def __init__(self, tokens: Sequence[int], drafts: int, ngram: int) -> None:
+        self.ngram = min(ngram, _MOST_NGRAM)
         self._tokens = tokens
         self._most = drafts
         self._drafts = drafts
@@ -29,7 +34,7 @@ class PromptLookup:
         self._pause = 0
         self._indexed = 0
         # For each length, n-gram -> where its last occurrence ends, that of the end aside.
-        self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(ngram)]
+        self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(self.ngram)]
 
     def propose(self, room: int) -> list[int]:
         """At most ``room`` tokens that may come next; often none."""

@@ -129,7 +129,8 @@ class GenerationMixin:
             prompt_lookup_num_tokens: propose up to so many tokens at once, where the last few
                 occurred before in the row, and keep those that would have been generated anyway:
                 faster where a text repeats itself, and the tokens are the same, drawn ones too.
-            max_matching_ngram_size: how many tokens that are at most; default 2.
+            max_matching_ngram_size: how many tokens that are at most; default 2, and never above
+                32.
             num_beams: the width of a beam search, without sampling.
             length_penalty: see ``sequences_scores`` in `GenerateOutput`; above 0 favours length.
             early_stopping: of a beam search: True ends it with ``num_beams`` ended hypotheses,
@@ -233,9 +234,9 @@ def _generate(model: "LanguageModel", request: Request, streamer: Any) -> Genera
         try:
             return _serve(served, request, streamer)
         except OutOfMemory as error:
+            served.give_up(model, error)
             if streamer is not None:
                 raise  # it has received tokens
-            served.give_up(model, error)
         finally:
             served.close()
     return _decode(Decoding(Decoder(model, request), request), request, streamer)
@@ -316,13 +317,20 @@ def _search(decoder: Decoder, request: Request) -> GenerateOutput:
 
 def _lines(model: "LanguageModel", request: Request) -> Iterator[Line]:
     served = Served.of(model, request)
-    if served is None:
-        yield from Decoding(Decoder(model, request), request).lines()
-        return
-    try:
-        yield from served.lines()
-    finally:
-        served.close()
+    if served is not None:
+        begun = False
+        try:
+            for line in served.lines():
+                begun = True
+                yield line
+            return
+        except OutOfMemory as error:
+            served.give_up(model, error)
+            if begun:
+                raise  # the reader has received tokens
+        finally:
+            served.close()
+    yield from Decoding(Decoder(model, request), request).lines()
 
 
 def _stream(model: "LanguageModel", request: Request) -> Iterator[StreamStep]:

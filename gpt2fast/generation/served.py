@@ -39,7 +39,11 @@ class Served:
         if engine is None:
             return None
         served = cls(engine, request)
-        return served if engine.enter(served._rows) else None
+        try:
+            return served if engine.enter(served._rows) else None
+        except BaseException:  # an interrupt, say: nobody else knows of rows that are in already
+            served.close()
+            raise
 
     def __init__(self, engine: "Engine", request: Request) -> None:
         from gpt2fast.engine.scheduler import Sequence
@@ -140,7 +144,7 @@ class Served:
     def logprobs(self) -> Tensor:
         """``[R, S]``, 0 after the end."""
         values = self._filled([row.logprobs for row in self._rows], 0.0)
-        return torch.tensor(values, device=self._request.prompts.ids.device)
+        return torch.tensor(values, dtype=torch.float32, device=self._request.prompts.ids.device)
 
     def _filled(self, rows: list[Any], value: float) -> list[Any]:
         width = self.new_tokens

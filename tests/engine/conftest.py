@@ -1,6 +1,7 @@
 """A random GPT-2, small but at a trained model's scale, and the same model run the general way."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -43,6 +44,15 @@ def engine_of(model: GPT2LMHeadModel) -> Engine:
     engine = kept._KEPT[model].engine
     assert engine is not None
     return engine
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    """What torch makes tensors of; the model is what it was."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture

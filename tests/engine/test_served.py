@@ -20,6 +20,7 @@ WAYS: list[dict[str, Any]] = [
     {"max_length": 30, **ENDS, "repetition_penalty": 1.4},
     {"max_new_tokens": 30, **ENDS, "min_new_tokens": 12},
     {"max_new_tokens": 30, **ENDS, "min_length": 16},
+    {"max_new_tokens": 9, **ENDS, "min_new_tokens": 2**31 - 1},
     {"max_new_tokens": 25, **ENDS, **SAMPLED},
     {"max_new_tokens": 25, **ENDS, **SAMPLED, "num_return_sequences": 3, "temperature": 1.4},
     {"max_new_tokens": 25, **SAMPLED, "top_k": 0, "top_p": 0.8, "seed": [4, 5, 6]},
@@ -92,6 +93,13 @@ def test_rows_end_as_soon_as_they_may(model: GPT2LMHeadModel, prompts: list[list
         output = model.generate(prompts, **keywords, **least, **FULL)
         assert_same(output, expected, model, prompts)
         assert "eos" in output.finish_reasons
+
+
+def test_log_probabilities_are_float32(
+    model: GPT2LMHeadModel, prompts: list[list[int]], float64_by_default: None
+) -> None:
+    for m in (model, general(model)):
+        assert m.generate(prompts, max_new_tokens=2, **FULL).logprobs.dtype == torch.float32
 
 
 def test_streams_of_text(model: GPT2LMHeadModel, prompts: list[list[int]]) -> None:

@@ -1,6 +1,7 @@
 """Prompt lookup: what is proposed, and that it changes no token and no distribution."""
 
 import math
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -38,6 +39,19 @@ def test_it_follows_the_sequence() -> None:
     assert lookup.propose(9) == [3, 4, 1]
     tokens += [8, 1, 2]
     assert lookup.propose(9) == [8, 1, 2]
+
+
+def test_the_longest_match_is_bounded() -> None:
+    """Whatever is asked for: what is remembered would grow with the cube of the length."""
+    tokens = [*range(300), *range(30)]
+    tracemalloc.start()
+    try:
+        lookup = PromptLookup(tokens, 4, 300)
+        assert lookup.propose(9) == [30, 31, 32, 33]
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+    assert lookup.ngram == 32
 
 
 def test_drafts_shrink_rest_and_grow() -> None:

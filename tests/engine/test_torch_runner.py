@@ -244,6 +244,21 @@ def test_16_bit_logits_are_as_exact_as_plain_ones(dtype, native, monkeypatch):
     assert all(layer.dtype == dtype for layer in runner.keys_values(0, 3))
 
 
+def test_16_bits_whatever_the_default_is(monkeypatch, request):
+    monkeypatch.setattr(cpu_linear, "multiplies_fast", lambda dtype, device: False)
+    model, ids = tiny().bfloat16(), prompt(5)
+
+    def generated() -> list[int]:
+        runner = runner_of(model)
+        start(runner, 0, ids, 6)
+        finish(runner, [0])
+        return tokens(runner, 0)
+
+    expected = generated()
+    request.getfixturevalue("float64_by_default")
+    assert generated() == expected
+
+
 @pytest.mark.parametrize("mode", ["int8", "fp16"])
 def test_quantised_models(mode):
     torch.manual_seed(0)
