@@ -256,7 +256,7 @@ def pack(model: "LanguageModel", bits: int | None = None) -> DecodeWeights:
         qkv, out, fc, proj = (_packed(column, bits, dtype) for column in columns)
         return DecodeWeights(
             wte=_embedding(body.wte, dtype),
-            wpe=body.wpe.weight.detach(),
+            wpe=_readable(body.wpe.weight),
             ln_1=torch.stack([_norm(block.ln_1) for block in blocks]),
             ln_2=torch.stack([_norm(block.ln_2) for block in blocks]),
             ln_f=_norm(body.ln_f),
@@ -280,7 +280,13 @@ def _norm(norm: LayerNorm) -> Tensor:
 def _embedding(wte: nn.Module, dtype: torch.dtype) -> Tensor:
     if isinstance(wte, Quantized):
         return dequantize(wte.weight, wte.scale, wte.bits).to(dtype)
-    return cast("nn.Embedding", wte).weight.detach()
+    return _readable(cast("nn.Embedding", wte).weight)
+
+
+def _readable(weight: Tensor) -> Tensor:
+    """As the kernels read it, row by row in loads of 16 bytes: itself where it is so already."""
+    weight = weight.detach().contiguous()
+    return weight.clone() if weight.data_ptr() % 16 else weight
 
 
 def _packed(modules: Sequence[Conv1D], bits: int | None, dtype: torch.dtype) -> Matrix:
@@ -299,8 +305,8 @@ def _packed_head(head: nn.Module, bits: int | None, dtype: torch.dtype) -> Matri
     if isinstance(head, Quantized):
         return _as_quantised([head], None, bits, dtype)
     weight = cast("nn.Linear", head).weight.detach()
-    if bits is None and weight.is_contiguous():
-        return Matrix(weight[None], None, None, 8 * weight.element_size())
+    if bits is None:
+        return Matrix(_readable(weight)[None], None, None, 8 * weight.element_size())
     return _matrix([weight], None, bits)
 
 

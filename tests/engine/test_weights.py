@@ -337,6 +337,29 @@ def test_tied_head_is_no_copy() -> None:
     assert not torch.equal(head.data[0], untied.transformer.wte.weight)
 
 
+@pytest.mark.parametrize("way", ["shifted", "transposed"])
+def test_what_cannot_be_read_in_place_is_copied(way: str) -> None:
+    """Kernels read rows one after the other, 16 bytes at a time."""
+    model = tiny(tie_word_embeddings=False)
+    modules = model.transformer.wte, model.transformer.wpe, model.lm_head
+    for module in modules:
+        weight = module.weight.detach()
+        if way == "shifted":
+            moved = weight.new_empty(weight.numel() + 1)[1:].view_as(weight).copy_(weight)
+            assert moved.data_ptr() % 16
+        else:
+            moved = weight.t().contiguous().t()
+        module.weight = nn.Parameter(moved)
+    weights = pack(model)
+    for packed, module in zip(
+        (weights.wte, weights.wpe, weights.head.data[0]), modules, strict=True
+    ):
+        assert torch.equal(packed, module.weight)
+        assert packed.is_contiguous()
+        assert packed.data_ptr() % 16 == 0
+        assert not packed.requires_grad
+
+
 def test_scales() -> None:
     root = 12**-0.5
     for options, expected in (
