@@ -133,8 +133,8 @@ class _Head:
         if self._buffer is None or len(x) <= _DIRECT_HEAD_ROWS:
             return F.linear(x.to(weight.dtype), weight).float()
         logits = x.new_empty(len(x), len(weight))
-        parts = weight.split(self._rows), logits.split(self._rows, 1)
-        for part, out in zip(*parts, strict=True):
+        pieces = weight.split(self._rows), logits.split(self._rows, 1)
+        for part, out in zip(*pieces, strict=True):
             torch.mm(x, self._buffer.cast(part).t(), out=out)
         return logits
 
