@@ -180,6 +180,8 @@ class Batch:
             if speculates:
                 room = min(self._runner.capacity - 1 - s.cached for s in members)
                 drafts = min(room, max(len(proposals[s]) for s in members))
+                if self._runner.proposes:
+                    drafts = _kind_of_step(drafts, room)
             count = self._evaluate(members, drafts, ngram, proposals)
             steps.update(dict.fromkeys(members, count))
         before = {s: s.cached for s in running}
@@ -251,6 +253,11 @@ class Batch:
             s.fail(no_next_token(s.row))
         else:
             s.finish_reason = "eos" if status == EOS else s.at_limit
+
+
+def _kind_of_step(drafts: int, room: int) -> int:
+    """So many drafts or more, as far as there is room: each number is a kernel and a graph."""
+    return min((1 << drafts.bit_length()) - 1, (1 << (room + 1).bit_length() - 1) - 1)
 
 
 def read_each(table: Tensor, spans: Many[tuple[int, int, int]]) -> list[list[Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpt2fast.engine.batch import Batch, Event
 from gpt2fast.engine.float8 import FLOAT8, cache_dtype_of
-from gpt2fast.engine.runner import OutOfMemory, Runner
+from gpt2fast.engine.runner import OutOfMemory, Runner, first_line, is_out_of_memory
 from gpt2fast.engine.scheduler import Sequence
 from gpt2fast.engine.weights import fingerprint, why_not
 from gpt2fast.generation.options import DEFAULT_NEW_TOKENS, GenerationOptions
@@ -110,7 +110,8 @@ class Engine:
         with self._lock:
             if self._closed:
                 return True
-            self._batch.reap()
+            with self._runner.working():
+                self._batch.reap()
             return self._batch.scheduler.free() == self.slots
 
     def submit(
@@ -204,7 +205,8 @@ class Engine:
 
         Raises:
             RuntimeError: the engine is closed.
-            Exception: what the evaluation raised, out of memory say; the engine is closed then.
+            Exception: what the evaluation raised, for want of memory
+                `gpt2fast.engine.runner.OutOfMemory`; the engine is closed then.
         """
         with self._lock:
             self._check_open()
@@ -218,7 +220,8 @@ class Engine:
         with self._lock:
             if self._closed:
                 return False
-            self._batch.reap()
+            with self._runner.working():
+                self._batch.reap()
             if self._batch.scheduler.free() < len(sequences):
                 return False
             for sequence in sequences:
@@ -255,7 +258,12 @@ class Engine:
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._check_open()
-            return self._batch.keys_values(sequence, length, pad)
+            with self._runner.working():
+                layers = self._batch.keys_values(sequence, length, pad)
+        for layer in layers:
+            if layer.is_cuda:  # made by another stream, which may not take it back before this one
+                layer.record_stream(torch.cuda.current_stream(layer.device))
+        return layers
 
     def close_if_idle(self) -> bool:
         """Close it unless somebody has a slot or waits for one; returns whether it is closed."""
@@ -301,11 +309,13 @@ class Engine:
 
     def _step(self) -> list[Event]:
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), self._runner.working():
                 return self._batch.step()
         except BaseException as error:
-            self._failure = error
+            self._failure = OutOfMemory(first_line(error)) if is_out_of_memory(error) else error
             self.close()  # the state may be anything now
+            if isinstance(self._failure, OutOfMemory):
+                raise OutOfMemory(str(self._failure)) from None
             raise
 
 

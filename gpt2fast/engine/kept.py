@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from gpt2fast.engine.engine import MAX_SLOTS, Engine
-from gpt2fast.engine.runner import OutOfMemory
+from gpt2fast.engine.graphs import empty_cache
+from gpt2fast.engine.runner import OutOfMemory, is_out_of_memory
 from gpt2fast.engine.weights import fingerprint, why_not
 from gpt2fast.kernels.backend import serves
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _LEAST_SLOTS = 4  # so that a few calls at once find room
 _LEAST_CAPACITY = 1024
-_NO_MEMORY = ("can't allocate memory", "not enough memory")  # how PyTorch says it on a CPU
 _CPU_SLOTS = 64  # attention goes slot by slot there: more rows are better evaluated as one batch
 
 
@@ -152,7 +152,7 @@ def _build(
     try:
         return Engine(model, slots, capacity, prefill_tokens=None)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         message = str(error).partition("\n")[0]
     _refuse(kept, mark, slots, capacity, message)
@@ -174,18 +174,12 @@ def give_up(model: nn.Module, engine: Engine, error: OutOfMemory) -> None:
 def _refuse(kept: _Kept, mark: Hashable, slots: int, capacity: int, message: str) -> None:
     kept.refused = mark, slots, capacity
     with contextlib.suppress(RuntimeError):
-        torch.cuda.empty_cache()
+        empty_cache()
     warnings.warn(
         f"there is no memory for a decode engine of {slots} x {capacity} positions; generate goes "
         f"on without it ({message})",
         stacklevel=2,
     )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
-        return True
-    return any(text in str(error) for text in _NO_MEMORY)
 
 
 def _power_of_two(count: int) -> int:

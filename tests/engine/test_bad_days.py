@@ -14,7 +14,9 @@ from gpt2fast import Engine, GPT2LMHeadModel, release
 from gpt2fast.engine import engine as engine_module
 from gpt2fast.engine import kept
 from gpt2fast.engine.runner import OutOfMemory
+from gpt2fast.engine.scheduler import Sequence
 from gpt2fast.engine.torch_runner import TorchRunner
+from gpt2fast.generation.options import GenerationOptions
 from tests.engine.conftest import IDS, PLAIN, POSITIONS, engine_of, general
 from tests.engine.reference_runner import ReferenceRunner
 
@@ -80,7 +82,18 @@ def test_other_errors_while_building_are_told(
         model.generate(IDS, **PLAIN)
 
 
-def test_no_memory_for_a_step(model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemory("no memory for a graph"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nof 80"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_memory_for_a_step(
+    model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     """As when it is built: one warning and the same tokens, drawn ones too."""
     keywords = {**PLAIN, "do_sample": True}
     torch.manual_seed(4)
@@ -92,7 +105,7 @@ def test_no_memory_for_a_step(model: GPT2LMHeadModel, monkeypatch: pytest.Monkey
     def advance(self: TorchRunner, *args: Any, **keywords: Any) -> None:
         left[0] -= 1
         if left[0] == 0:
-            raise OutOfMemory("no memory for a graph")
+            raise error
         original(self, *args, **keywords)
 
     monkeypatch.setattr(TorchRunner, "advance", advance)
@@ -110,7 +123,7 @@ def test_no_memory_for_a_step(model: GPT2LMHeadModel, monkeypatch: pytest.Monkey
     assert engine_of(model) is not engine
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=repr)
 def test_an_error_in_a_step(
     model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
@@ -285,6 +298,35 @@ def test_closing(model: GPT2LMHeadModel) -> None:
         with pytest.raises(RuntimeError, match=r"^the engine is closed$"):
             call()
     engine.close()
+
+
+def test_the_state_is_touched_in_order(model: GPT2LMHeadModel) -> None:
+    """Only while the runner works: elsewhere the current stream is the caller's."""
+    touched: list[bool] = []
+
+    class Watching(ReferenceRunner):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "state":
+                touched.append(self.at_work)
+            return super().__getattribute__(name)
+
+    engine = Engine(model, runner=Watching(model, 2, POSITIONS, shares=True), prefill_tokens=4)
+    touched.clear()
+    engine.submit([9] * 20, **PLAIN)
+    engine.submit([9] * 20, **PLAIN).cancel()
+    for _ in range(3):
+        engine.step()
+    for handle in list(engine._batch.scheduler.unfinished()):
+        handle.cancel()
+    assert engine.idle
+    row = Sequence(IDS[0], GenerationOptions(), [], 6, 0, "length", keeps_slot=True)
+    assert engine.enter([row])
+    engine.pull([row], 8)
+    engine.keys_values(row, 6, 0)
+    row.cancel()
+    assert engine.enter([])
+    assert len(touched) > 20
+    assert all(touched)
 
 
 def test_cancelling(model: GPT2LMHeadModel) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gpt2fast import Engine, GPT2LMHeadModel
+from gpt2fast.engine.batch import _kind_of_step
 from gpt2fast.engine.sampling import select_and_commit
 from gpt2fast.engine.speculation import PromptLookup
 from gpt2fast.kernels.decode_state import RUNNING, DecodeState
@@ -94,6 +95,24 @@ def test_accepted_drafts_save_steps(model: GPT2LMHeadModel, proposes: bool) -> N
             engine.step()
     assert [*prompt, *handle.token_ids] == expected
     assert sum(call[2] for call in runner.calls if call[0] == "advance") < 12
+
+
+def test_drafts_are_of_few_numbers(model: GPT2LMHeadModel) -> None:
+    """Where each is a kernel: one less than a power of two, within the room that slots have."""
+    found = [_kind_of_step(n, room) for n, room in ((1, 9), (2, 9), (4, 9), (8, 9), (63, 63))]
+    assert found == [1, 3, 7, 7, 63]
+    assert [_kind_of_step(room, room) for room in range(1, 9)] == [1, 1, 3, 3, 3, 3, 7, 7]
+    prompt, rest = looping(model)
+    ids = [*prompt[20:], *rest, *prompt[20:]]
+    for lookup in (2, 6):
+        runner = ReferenceRunner(model, 1, POSITIONS, look_every=4, proposes=True)
+        with Engine(model, runner=runner) as engine:
+            engine.submit(ids, max_new_tokens=16, eos_token_id=[], prompt_lookup_num_tokens=lookup)
+            while engine.unfinished:
+                engine.step()
+        drafts = {call[3] for call in runner.calls if call[0] == "advance"}
+        assert drafts <= {0, 1, 3, 7}
+        assert max(drafts) == (3 if lookup == 2 else 7)
 
 
 @pytest.mark.parametrize("ngram", [1, 3])
