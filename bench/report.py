@@ -17,6 +17,7 @@ README = ROOT / "README.md"
 PLOT = "decode.svg"
 
 Cases = list[dict[str, Any]]
+OURS = "gpt2fast"
 AGAIN = "gpt2fast again"
 BARE = "bare loop"
 _MODELS = {"gpt2": "124M", "gpt2-medium": "355M"}
@@ -152,9 +153,9 @@ _LOADING = (
 )
 
 _ACCURACY = """\
-What fewer bits cost: perplexity of the bundled model on novels that it never saw, and how far the
+What fewer bits cost: perplexity of the bundled model on text that it never saw, and how far the
 logits of 124M with random weights lie from float32's, of the largest. Forms of a GPU are emulated
-in PyTorch."""
+in PyTorch; int8 is that of a CPU,"""
 
 
 def section(folder: Path = RESULTS) -> str:
@@ -163,15 +164,32 @@ def section(folder: Path = RESULTS) -> str:
     for name, words in (("decode", _DECODE), ("prefill", _PREFILL)):
         if (record := load(name, folder)) is not None:
             lines += [words, "", times_table(record["cases"]), ""]
-            lines += [f"On {machine_line(record)}.", "", *_not_measured(record)]
-            if name == "decode":
+            lines += [f"On {machine_line(record)}.", "", *bare_lines(record["cases"])]
+            lines += _not_measured(record)
+            if name == "decode" and _shortest(record["cases"]):
                 lines += [f"![tokens a second](bench/results/cpu/{PLOT})", ""]
     if (record := load("loading", folder)) is not None:
         lines += [_LOADING, "", loading_table(record["cases"]), ""]
-        lines += [imports_line(record), "", *_not_measured(record)]
+        lines += [imports_line(record), ""] if "imports" in record else []
+        lines += _not_measured(record)
     if (record := load("accuracy", folder)) is not None:
-        lines += [_ACCURACY, "", accuracy_table(record), ""]
+        levels = max(op["levels"] for op in record["int8"].values())
+        tokens = record["perplexity"]["text"]["tokens"]
+        words = f"{_ACCURACY} with {levels} levels of activations. {tokens:,} tokens."
+        lines += [words, "", accuracy_table(record), ""]
     return "\n".join(lines)
+
+
+def bare_lines(cases: Cases) -> list[str]:
+    """How much of the speed of a token's float32 products alone ours reaches."""
+    shares = [
+        f"{column(case)}: {share['p50']:.0%} ({share['p20']:.0%} to {share['p80']:.0%})"
+        for case in cases
+        if (share := case.get("contenders", {}).get(OURS, {}).get("share_of_bare"))
+    ]
+    if not shares:
+        return []
+    return [f"Of the bare loop's speed {OURS} reaches, at {'; at '.join(shares)}.", ""]
 
 
 def accuracy_table(record: dict[str, Any]) -> str:
@@ -212,6 +230,13 @@ def weight_bytes(model: str, bits: int) -> int:
     return (12 * sizes["n_layer"] * sizes["n_embd"] ** 2 + 50257 * sizes["n_embd"]) * bits // 8
 
 
+def _shortest(cases: Cases) -> Cases:
+    """The measured cases of the shortest prompt."""
+    measured = [case for case in cases if "contenders" in case]
+    shortest = min((case["prompt"] for case in measured), default=0)
+    return [case for case in measured if case["prompt"] == shortest]
+
+
 def draw(record: dict[str, Any], path: Path) -> None:
     """Bars of tokens a second after the short prompt, against the bounds of the same run."""
     import matplotlib
@@ -223,9 +248,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     grey, theirs, ours = "#808890", "#7f9bb8", "#e0862e"
     style = {"text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey}
     style |= {"xtick.color": grey, "ytick.color": grey, "svg.hashsalt": "gpt2fast"}
-    cases = [case for case in record["cases"] if "contenders" in case]
-    shortest = min(case["prompt"] for case in cases)
-    cases = [case for case in cases if case["prompt"] == shortest]
+    cases = _shortest(record["cases"])
     columns = list(dict.fromkeys(map(column, cases)))
     table = by_contender(cases)
     with plt.rc_context({**style, "font.size": 9}):
@@ -261,7 +284,8 @@ def main() -> None:
     print(part)
     if write:
         README.write_text(filled(README.read_text(encoding="utf-8"), part), encoding="utf-8")
-        if (record := load("decode")) is not None:
+        record = load("decode")
+        if record is not None and _shortest(record["cases"]):
             draw(record, RESULTS / PLOT)
 
 
