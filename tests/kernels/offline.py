@@ -1,6 +1,7 @@
 """Compile every kernel, in every configuration, for GPUs that are not there.
 
-    python -m tests.kernels.offline [--chips 80 90 100] [--only TEXT] [--json FILE] [--jobs N]
+    python -m tests.kernels.offline [--chips 80 90 100] [--only TEXT] [--without TEXT]
+                                    [--json FILE] [--jobs N]
 
 The launchers run as they are, on meta tensors of real sizes: Triton's driver is replaced by one
 that names the chip and launches nothing, so what is compiled (to a cubin, ptxas included) is what a
@@ -217,12 +218,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chips", type=int, nargs="+", default=sorted(target.CHIPS))
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--without", default="\n", help="cases whose name does not contain this")
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    pairs = [(name, chip) for name in CASES if options.only in name for chip in options.chips]
+    names = [name for name in CASES if options.only in name and options.without not in name]
+    pairs = [(name, chip) for name in names for chip in options.chips]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         compiled = [c for group in pool.map(_compile_pair, pairs) for c in group]
     print(table(compiled))
