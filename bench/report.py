@@ -103,7 +103,9 @@ def missing(cases: Cases) -> list[str]:
         if kind in report
     }
     skipped = (case for case in cases if "not measured" in case)
-    lines |= {f"{column(case)}: not measured: {case['not measured']}": None for case in skipped}
+    for case in skipped:
+        weights = f", {case['company']} weights" if "company" in case else ""
+        lines[f"{column(case)}{weights}: not measured: {case['not measured']}"] = None
     return list(lines)
 
 
