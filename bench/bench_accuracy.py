@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.suite.environment import environment
 from gpt2fast import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, quantize
+from gpt2fast.benchmark.environment import environment
 from gpt2fast.kernels import packing, quantized
 from gpt2fast.layers import Conv1D
 from gpt2fast.quantized_layers import QuantizedConv1D, QuantizedHead

@@ -4,11 +4,11 @@
     GPT2FAST_BENCH_QUICK=1 pytest bench/bench_decode.py
 
 Contenders take turns within one text, sixteen tokens each, so that every one meets the same lengths
-and the same disturbances; ratios are of such turns. `bench.cpu` has the method. Environment:
-``GPT2FAST_BENCH_RECORD=1`` writes ``results/cpu/decode.json``, after every case;
-``GPT2FAST_BENCH_MINUTES`` bounds the run of all benchmarks on models (the rest is named as not
-measured), ``GPT2FAST_BENCH_THREADS`` sets threads (all cores), ``GPT2FAST_BENCH_MODELS`` the folder
-in which models are built and kept (``build/bench``).
+and the same disturbances; ratios are of such turns. The method is that of `gpt2fast.benchmark`. Of
+the environment: ``GPT2FAST_BENCH_RECORD=1`` writes ``results/cpu/decode.json``, after every case;
+``GPT2FAST_BENCH_MINUTES`` bounds the run (what it left out is named as not measured),
+``GPT2FAST_BENCH_THREADS`` sets threads (all cores), ``GPT2FAST_BENCH_MODELS`` the folder in which
+models are built and kept (``build/bench``).
 """
 
 import sys
@@ -16,11 +16,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.cpu.companies import Companies
-from bench.cpu.contest import DecodeCase, decode
-from bench.cpu.record import QUICK, RECORD, RESULTS, Record
-from bench.cpu.table import COMPANIES
 from bench.report import missing, times_table
+from gpt2fast.benchmark.companies import Companies
+from gpt2fast.benchmark.contest import DecodeCase, decode
+from gpt2fast.benchmark.record import QUICK, RECORD, RESULTS, Record
+from gpt2fast.benchmark.table import COMPANIES
 
 UNTIL = 0.65  # of the minutes given
 CASES = (

@@ -11,11 +11,11 @@ from functools import partial
 
 import pytest
 
-from bench.cpu.loading import imports, loading
-from bench.cpu.processes import Process
-from bench.cpu.record import QUICK, RECORD, RESULTS, THREADS, Record
-from bench.cpu.table import BASE, LOADING
 from bench.report import loading_table, missing
+from gpt2fast.benchmark.loading import imports, loading
+from gpt2fast.benchmark.processes import Process
+from gpt2fast.benchmark.record import QUICK, RECORD, RESULTS, THREADS, Record
+from gpt2fast.benchmark.table import BASE, LOADING
 
 UNTIL = 0.15  # of the minutes given
 ROUNDS = 1 if QUICK else 2

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.cpu.companies import Companies
-from bench.cpu.contest import PrefillCase, prefill
-from bench.cpu.record import QUICK, RECORD, RESULTS, Record
-from bench.cpu.table import PREFILL, PREFILL_BATCH, QUICK_COMPANY
 from bench.report import missing, times_table
+from gpt2fast.benchmark.companies import Companies
+from gpt2fast.benchmark.contest import PrefillCase, prefill
+from gpt2fast.benchmark.record import QUICK, RECORD, RESULTS, Record
+from gpt2fast.benchmark.table import PREFILL, PREFILL_BATCH, QUICK_COMPANY
 
 UNTIL = 1.0  # of the minutes given
 CASES = (

@@ -20,18 +20,11 @@ from unittest import mock
 
 import torch
 
-QUANTILES = (0.2, 0.5, 0.8)
+from gpt2fast.benchmark.statistics import paired_ratios as paired_ratios
+from gpt2fast.benchmark.statistics import quantiles as quantiles
 
 Call = Callable[[], Any]
 Context = Callable[[], AbstractContextManager[Any]]
-
-
-def quantiles(samples: list[float]) -> dict[str, float]:
-    """p20, p50 and p80, and how many samples."""
-    ordered = sorted(samples)
-    names = (f"p{round(100 * q)}" for q in QUANTILES)
-    at = (ordered[round(q * (len(ordered) - 1))] for q in QUANTILES)
-    return {**dict(zip(names, at, strict=True)), "samples": len(ordered)}
 
 
 class Clock:
@@ -176,9 +169,3 @@ def peak_bytes(call: Call) -> int:
     peak = torch.cuda.max_memory_allocated()
     del result
     return peak - before
-
-
-def paired_ratios(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """How many times faster ours is, round by round."""
-    pairs = zip(theirs, ours, strict=True)
-    return quantiles([their / max(our, 1e-12) for their, our in pairs])

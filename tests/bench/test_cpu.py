@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.cpu import contest, loading, models, table
-from bench.cpu.contest import DecodeCase, PrefillCase
-from bench.cpu.ours import agreement
-from bench.cpu.processes import Failed, Process
-from bench.cpu.record import Record, rounded
-from bench.cpu.worker import Worker
+from gpt2fast.benchmark import contest, loading, models, table
+from gpt2fast.benchmark.contest import DecodeCase, PrefillCase
+from gpt2fast.benchmark.ours import agreement
+from gpt2fast.benchmark.processes import Failed, Process
+from gpt2fast.benchmark.record import Record, rounded
+from gpt2fast.benchmark.worker import Worker
 
 NEW, CHUNK = 10, 4
 

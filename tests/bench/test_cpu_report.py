@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from bench import report
-from bench.cpu.record import Record
-from bench.cpu.table import AGAIN, BARE, BASE, OURS
+from gpt2fast.benchmark.record import Record
+from gpt2fast.benchmark.table import AGAIN, BARE, BASE, OURS
 
 
 def quantiles(p50: float) -> dict[str, float]:

@@ -160,7 +160,13 @@ def test_wheel_metadata(checkout: Path, wheel: Path, version: str) -> None:
         for line in metadata.get_all("Requires-Dist")
         if "extra ==" not in line
     }
-    optional = {"matplotlib", "triton"}  # the extra `train`; the kernels', which PyTorch brings
+    optional = {
+        "matplotlib",  # the extra `train`
+        "triton",  # the kernels', which PyTorch brings
+        "transformers",
+        # Those that `gpt2fast bench` measures where they are installed.
+        *("ctranslate2", "gguf", "llama_cpp", "onnx", "onnxruntime", "pytorch_pretrained_bert"),
+    }
     assert required == imported(checkout) - {"gpt2fast"} - optional
     assert {"triton", "transformers", "train", "test", "bench", "peers", "dev"} == set(
         metadata.get_all("Provides-Extra")

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.cpu import models
-from bench.cpu.peers import Logits, OnToken, Rows, Streamer
+from gpt2fast.benchmark import models
+from gpt2fast.benchmark.peers import Logits, OnToken, Rows, Streamer
 
 
 class Ours:
@@ -81,6 +81,7 @@ class BareLoop:
         self._torch = torch
         model = GPT2LMHeadModel.from_pretrained(models.checkpoint(self._name))
         self._matrices = []
+        block: Any
         for block in model.transformer.h:
             for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
                 self._matrices.append((layer.bias.detach(), layer.weight.detach()))

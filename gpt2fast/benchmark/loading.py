@@ -6,10 +6,11 @@ import sys
 import time
 from typing import Any
 
-from bench.cpu.contest import Report, Say, Start, generated, tokens
-from bench.cpu.processes import ROOT, Failed
-from bench.cpu.table import TORCH
-from bench.suite.measure import paired_ratios, quantiles
+from gpt2fast.benchmark.contest import Report, Say, Start, generated, tokens
+from gpt2fast.benchmark.environment import ROOT
+from gpt2fast.benchmark.processes import Failed
+from gpt2fast.benchmark.statistics import paired_ratios, quantiles
+from gpt2fast.benchmark.table import TORCH
 
 # Prompt and new tokens after which memory is read.
 TEXT = (512, 64)

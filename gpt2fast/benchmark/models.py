@@ -11,12 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2fast.benchmark.environment import IN_CHECKOUT
+from gpt2fast.benchmark.environment import ROOT as CHECKOUT
 from gpt2fast.config import PRESETS, GPT2Config
 
 if TYPE_CHECKING:
     from gpt2fast import GPT2LMHeadModel
 
-ROOT = Path(os.environ.get("GPT2FAST_BENCH_MODELS", "build/bench"))
+_KEPT = CHECKOUT / "build" if IN_CHECKOUT else Path("~/.cache/gpt2fast").expanduser()
+ROOT = Path(os.environ.get("GPT2FAST_BENCH_MODELS") or _KEPT / "bench").absolute()
 # A model of the tests' own.
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 96}
 
@@ -93,7 +96,7 @@ def quantized(name: str, mode: str) -> Path:
 
 def ctranslate2(name: str, quantization: str) -> Path:
     """A folder of CTranslate2."""
-    from bench.cpu.to_ctranslate2 import convert
+    from gpt2fast.benchmark.to_ctranslate2 import convert
 
     return _made(
         ROOT / name / f"ctranslate2-{quantization}",
@@ -103,14 +106,14 @@ def ctranslate2(name: str, quantization: str) -> Path:
 
 def onnx(name: str, bits: int) -> Path:
     """A folder with ``model.onnx``, of 32, 8 or 4 bits."""
-    from bench.cpu.to_onnx import convert
+    from gpt2fast.benchmark.to_onnx import convert
 
     return _made(ROOT / name / f"onnx-{bits}", lambda path: convert(checkpoint(name), path, bits))
 
 
 def gguf(name: str, kind: str) -> Path:
     """A file of llama.cpp; ``kind`` is the name of a format, such as Q8_0."""
-    from bench.cpu.to_gguf import convert
+    from gpt2fast.benchmark.to_gguf import convert
 
     return _made(
         ROOT / name / f"model-{kind}.gguf", lambda path: convert(checkpoint(name), path, kind)

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.cpu import models
-from bench.cpu.peers import Logits, OnToken, Rows
+from gpt2fast.benchmark import models
+from gpt2fast.benchmark.peers import Logits, OnToken, Rows
 
 
 class LlamaCpp:

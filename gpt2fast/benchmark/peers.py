@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bench.cpu import models
+from gpt2fast.benchmark import models
 
 OnToken = Callable[[int], None]
 Rows = list[list[int]]
@@ -184,7 +184,7 @@ class CTranslate2:
 
 
 class OnnxRuntime:
-    """On the graph of `bench.cpu.to_onnx`, whose cache is appended to in place."""
+    """On the graph of `gpt2fast.benchmark.to_onnx`, whose cache is appended to in place."""
 
     def __init__(self, name: str, threads: int, bits: int) -> None:
         self._name, self._threads, self._bits = name, threads, bits

@@ -1,6 +1,6 @@
 """A process with one contender, which does what it is told on a pipe.
 
-    python -m bench.cpu.worker CONTENDER MODEL THREADS IN OUT
+    python -m gpt2fast.benchmark.worker CONTENDER MODEL THREADS IN OUT
 
 Every contender has a process of its own: libraries bring thread pools and runtimes that disturb
 each other, memory and loading are its own, and a crash is one contender's. Requests and answers are
@@ -109,16 +109,16 @@ class Worker:
         return {"peak_bytes": None if peak is None else 1024 * peak}
 
     def limits(self) -> dict[str, Any]:
-        """What the machine does at most: see `bench.cpu.limits`."""
+        """What the machine does at most: see `gpt2fast.benchmark.limits`."""
         if self._limits is None:
-            from bench.cpu.limits import Limits
+            from gpt2fast.benchmark.limits import Limits
 
             self._limits = Limits(self._threads)
         return self._limits.measure()
 
 
 def main() -> None:
-    from bench.cpu.table import make
+    from gpt2fast.benchmark.table import make
 
     contender, model, threads, requests, answers = sys.argv[1:]
     with os.fdopen(int(requests)) as source, os.fdopen(int(answers), "w") as sink:

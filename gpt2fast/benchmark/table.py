@@ -3,9 +3,15 @@
 from collections.abc import Callable
 from functools import partial
 
-from bench.cpu.llama import LlamaCpp
-from bench.cpu.ours import BareLoop, Ours, TorchAlone
-from bench.cpu.peers import Contender, CTranslate2, OnnxRuntime, PytorchPretrainedBert, Transformers
+from gpt2fast.benchmark.llama import LlamaCpp
+from gpt2fast.benchmark.ours import BareLoop, Ours, TorchAlone
+from gpt2fast.benchmark.peers import (
+    Contender,
+    CTranslate2,
+    OnnxRuntime,
+    PytorchPretrainedBert,
+    Transformers,
+)
 
 BASE = "transformers SDPA"
 OURS = "gpt2fast"

@@ -3,9 +3,9 @@
 import sys
 from functools import partial
 
-from bench.cpu.contest import Company
-from bench.cpu.processes import Process
-from bench.cpu.record import THREADS
+from gpt2fast.benchmark.contest import Company
+from gpt2fast.benchmark.processes import Process
+from gpt2fast.benchmark.record import THREADS
 
 
 class Companies:

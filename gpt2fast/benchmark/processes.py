@@ -7,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from gpt2fast.benchmark import models
+from gpt2fast.benchmark.environment import ROOT
+
 PATIENCE = 600.0  # seconds for one answer
 
 
@@ -19,21 +20,35 @@ class Failed(Exception):
 
 
 class Process:
-    """Asks a `bench.cpu.worker` of its own.
+    """Asks a `gpt2fast.benchmark.worker` of its own.
 
     Args:
-        contender, model: names of `bench.cpu.table` and `bench.cpu.models`.
+        contender, model: names of `gpt2fast.benchmark.table` and `gpt2fast.benchmark.models`.
         threads: of every library.
+        worker: the module that serves.
     """
 
-    def __init__(self, contender: str, model: str, threads: int) -> None:
+    def __init__(
+        self,
+        contender: str,
+        model: str,
+        threads: int,
+        worker: str = "gpt2fast.benchmark.worker",
+    ) -> None:
         source, requests = os.pipe()
         answers, sink = os.pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe would fill up)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": path,
+            "GPT2FAST_BENCH_MODELS": str(models.ROOT),
+        }
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "bench.cpu.worker"),
+                *(sys.executable, "-m", worker),
                 *(contender, model, str(threads), str(source), str(sink)),
             ],
             cwd=ROOT,
@@ -67,7 +82,8 @@ class Process:
             raise Failed(self._end())
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise Failed(answer["error"])
+            reason = "not installed: " if answer["missing"] else ""
+            raise Failed(reason + answer["error"])
         return answer
 
     def _end(self) -> str:

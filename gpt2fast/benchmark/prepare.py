@@ -1,11 +1,14 @@
-"""Builds the models in every contender's format, so that no benchmark spends its time on that:
-``python -m bench.cpu.prepare``, with the names of models behind it if it should not be both.
+"""Builds the models in every contender's format, so that no benchmark spends its time on that.
+
+    python -m gpt2fast.benchmark.prepare [MODEL ...]
+
+By default gpt2 and gpt2-medium.
 """
 
 import sys
 
-from bench.cpu.processes import Failed, Process
-from bench.cpu.table import COMPANIES
+from gpt2fast.benchmark.processes import Failed, Process
+from gpt2fast.benchmark.table import COMPANIES
 
 
 def main() -> None:

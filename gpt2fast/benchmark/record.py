@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench.suite.environment import environment
+from gpt2fast.benchmark.environment import ROOT, environment
 from gpt2fast.version import __version__
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "cpu"
+RESULTS = ROOT / "bench" / "results" / "cpu"
 QUICK = bool(os.environ.get("GPT2FAST_BENCH_QUICK"))
 RECORD = bool(os.environ.get("GPT2FAST_BENCH_RECORD"))
 STARTED = time.monotonic()

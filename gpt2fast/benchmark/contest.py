@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bench.cpu.ours import agreement
-from bench.cpu.processes import Failed
-from bench.cpu.table import AGAIN, BARE, BASE, EXACT, OURS
-from bench.suite.measure import paired_ratios, quantiles
+from gpt2fast.benchmark.ours import agreement
+from gpt2fast.benchmark.processes import Failed
+from gpt2fast.benchmark.statistics import paired_ratios, quantiles
+from gpt2fast.benchmark.table import AGAIN, BARE, BASE, EXACT, OURS
 
 # Of float32 logits, largest difference over largest value: sums in another order, 24 layers deep.
 EXACT_TOLERANCE = 1e-4
@@ -27,7 +27,7 @@ Report = dict[str, Any]
 
 
 class Asked(Protocol):
-    """A `bench.cpu.processes.Process`."""
+    """A `gpt2fast.benchmark.processes.Process`."""
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]: ...
 

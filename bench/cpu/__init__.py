@@ -1,1 +1,0 @@
-"""Decoding, prefill and loading on a CPU, beside the peers: what the three benchmarks share."""
