@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2fast.kernels import torch_ops
 from gpt2fast.kernels.backend import readable
 from gpt2fast.kernels.registry import register_kernel, register_op
 
@@ -285,7 +286,10 @@ def _apply(
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             return _LMHeadLoss.apply(hidden, weight, *options, dtype, *wanted, triton)[0]
-    return _LMHeadLoss.apply(hidden, weight, *options, hidden.dtype, *wanted, triton)[0]
+    dtype = hidden.dtype
+    if not triton and not torch_ops.multiplies_fast(dtype, hidden.device):
+        dtype = torch.float32  # the weight once a call, not a slow product a chunk
+    return _LMHeadLoss.apply(hidden, weight, *options, dtype, *wanted, triton)[0]
 
 
 def _lm_head_loss_torch(*args: Any) -> Tensor:
