@@ -29,6 +29,9 @@ _EXPORTS = {
     "GPT2Tokenizer": "gpt2fast.tokenizer",
     "backend": "gpt2fast.kernels",
     "quantize": "gpt2fast.quantization",
+    "score": "gpt2fast.scoring.scorer",
+    "Scorer": "gpt2fast.scoring.scorer",
+    "Score": "gpt2fast.scoring.scorer",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -43,6 +46,9 @@ if TYPE_CHECKING:
     from gpt2fast.model import GPT2DoubleHeadsModel as GPT2DoubleHeadsModel
     from gpt2fast.model import GPT2LMHeadModel as GPT2LMHeadModel
     from gpt2fast.quantization import quantize as quantize
+    from gpt2fast.scoring.scorer import Score as Score
+    from gpt2fast.scoring.scorer import Scorer as Scorer
+    from gpt2fast.scoring.scorer import score as score
     from gpt2fast.tokenizer import GPT2Tokenizer as GPT2Tokenizer
     from gpt2fast.transformer import GPT2Model as GPT2Model
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from gpt2fast.generation import StreamStep
-    from gpt2fast.tokenizer import GPT2Tokenizer
 
 _INTERRUPTED = 128 + 2
 _BROKEN_PIPE = 128 + 13
@@ -190,13 +189,14 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args.prompt, args.file)
     import torch
 
+    from gpt2fast.checkpoint.vocabulary import tokenizer_of
     from gpt2fast.generation.options import GenerationOptions
     from gpt2fast.model import GPT2LMHeadModel
 
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    tokenizer = _tokenizer(args.model)
+    tokenizer = tokenizer_of(args.model)
     seed = secrets.randbits(32) if args.seed is None else args.seed
     options = {
         "max_new_tokens": args.max_new_tokens,
@@ -346,17 +346,6 @@ def pick_device(name: str | None) -> "torch.device":
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"--device {name}: PyTorch sees {count} CUDA devices")
     return device
-
-
-def _tokenizer(model: str) -> "GPT2Tokenizer":
-    """The model's own tokenizer where it has one, otherwise GPT-2's."""
-    from gpt2fast.tokenizer import GPT2Tokenizer
-
-    try:
-        # A prompt's length is checked against the model itself.
-        return GPT2Tokenizer.from_pretrained(model, model_max_length=sys.maxsize)
-    except FileNotFoundError:
-        return GPT2Tokenizer()
 
 
 def _positive(text: str) -> int:
