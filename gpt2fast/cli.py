@@ -1,4 +1,4 @@
-"""The command line: ``gpt2fast generate``, ``info`` and ``train``.
+"""The command line: ``gpt2fast generate``, ``score``, ``train`` and ``info``.
 
 Torch is loaded by the commands, not by the parser: ``--help`` and mistakes in the options answer at
 once. Exit status: 0, 1 after an error, 2 for a mistake in the options, 130 after Ctrl-C, 141 where
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from gpt2fast.scoring import command as scoring
 from gpt2fast.training import add_arguments as add_train_arguments
 from gpt2fast.version import __version__
 
@@ -58,6 +59,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_train_arguments(train)
     train.set_defaults(run=_train)
+
+    score = commands.add_parser(
+        "score",
+        help="how likely a model finds texts: log-probabilities and perplexity",
+        description="The log-probability of texts under a model, as JSON Lines in the order of the "
+        "files: n_tokens, n_scored, log_prob in nats and perplexity of each, then the perplexity "
+        "of all on standard error.",
+    )
+    scoring.add_arguments(score)
+    score.set_defaults(run=scoring.run)
     return parser
 
 
@@ -73,7 +84,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "needs no network (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=100, metavar="N", help="%(default)s"
+        "--max-new-tokens", type=positive, default=100, metavar="N", help="%(default)s"
     )
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end after this text")
     parser.add_argument(
@@ -83,7 +94,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompt-lookup",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="propose up to N tokens at once where the text repeats itself: the same text, sooner",
     )
@@ -116,7 +127,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("int8", "fp16", "int4"),
         help="round weights while loading: int8 is fastest on a CPU, fp16 loses next to nothing",
     )
-    machine.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
+    machine.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -348,7 +359,8 @@ def pick_device(name: str | None) -> "torch.device":
     return device
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The type of options that count something."""
     value = int(text)
     if not 1 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"must be from 1 to {2**31 - 1}; got {value}")

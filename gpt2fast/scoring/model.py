@@ -1,5 +1,6 @@
 """The model as scoring uses it: rows of tokens in, log-probabilities out, and no logits kept."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from gpt2fast.layers import is_plain
 from gpt2fast.model import GPT2LMHeadModel
 from gpt2fast.quantized_layers import QuantizedHead
 
+_SAMPLED = 1024  # values of a weight, about, that tell it from another
 _TRANSFORMERS = ("transformers.models.gpt2.", "transformers.pytorch_utils", "torch.nn.modules.")
 
 
@@ -51,6 +53,17 @@ class ScoredModel:
         drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
         if drops and any(module.training for module in modules):
             raise ValueError("the model is in training mode, with dropout: call model.eval()")
+
+    def fingerprint(self) -> str:
+        """A hash of every weight's name, shape, dtype and a sample of its values."""
+        digest = hashlib.sha256()
+        for name, tensor in self._model.state_dict().items():
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+            values = tensor.detach().flatten()
+            step = max(1, len(values) // _SAMPLED)
+            sample = values[::step].contiguous().view(torch.uint8)
+            digest.update(sample.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def log_probs(self, rows: Sequence[Tensor], firsts: Sequence[int]) -> list[list[float]]:

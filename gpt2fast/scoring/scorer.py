@@ -112,7 +112,7 @@ class Scorer:
         self._model = load(model, dtype, device, quantize)
         self._model.check_mode()
         config, kind = self._model.config, self._model.device.type
-        self._vocab_size: int = config.vocab_size
+        self.vocab_size: int = config.vocab_size
         if tokenizer is None:
             tokenizer = tokenizer_of("gpt2" if isinstance(model, nn.Module) else model)
         self._tokenizer = tokenizer
@@ -125,9 +125,9 @@ class Scorer:
         self._prefix: list[int] = []
         if add_bos:
             bos = config.bos_token_id
-            if not isinstance(bos, int) or not 0 <= bos < self._vocab_size:
+            if not isinstance(bos, int) or not 0 <= bos < self.vocab_size:
                 raise ValueError(
-                    f"add_bos needs a bos_token_id in [0, {self._vocab_size}) in the model's "
+                    f"add_bos needs a bos_token_id in [0, {self.vocab_size}) in the model's "
                     f"configuration; got {bos}"
                 )
             self._prefix = [bos]
@@ -150,6 +150,10 @@ class Scorer:
         """
         named = ((f"text {i}", text) for i, text in enumerate(inputs))
         return chain.from_iterable(self.groups(named))
+
+    def fingerprint(self) -> str:
+        """A hash of the model: its configuration's sizes and a sample of every weight."""
+        return self._model.fingerprint()
 
     def groups(
         self,
@@ -183,19 +187,12 @@ class Scorer:
             yield self._finish(group, progress)
 
     def _prepare(self, name: str, text: Text) -> "_Scoring":
-        ids = self._tokenizer.encode(text) if isinstance(text, str) else _as_ids(name, text)
-        if ids and not (min(ids) >= 0 and max(ids) < self._vocab_size):
-            place = next(i for i, token in enumerate(ids) if not 0 <= token < self._vocab_size)
-            raise ValueError(
-                f"{name}: token ids must be in [0, {self._vocab_size}); got {ids[place]} at "
-                f"position {place}"
-            )
+        given = self._tokenizer.encode(text) if isinstance(text, str) else text
+        ids = checked_ids(name, given, self.vocab_size)
         tokens = torch.tensor([*self._prefix, *ids], dtype=torch.int64)
         values: list[float | None] = [None] * len(tokens)
         parts = list(windows(len(tokens), self.max_length, self.stride))
-        return _Scoring(
-            Score(list(ids), values, text if isinstance(text, str) else None), tokens, parts
-        )
+        return _Scoring(Score(ids, values, text if isinstance(text, str) else None), tokens, parts)
 
     def _finish(
         self, group: list["_Scoring"], progress: Callable[[float, int], object] | None
@@ -262,7 +259,8 @@ def score(
 class ProgressBar:
     """A progress bar of texts on standard error, with the speed in tokens."""
 
-    def __init__(self, texts: int, hidden: bool, done: int = 0) -> None:
+    def __init__(self, texts: int, hidden: bool | None, done: int = 0) -> None:
+        """``hidden=None`` shows it on terminals alone."""
         # Texts come in fractions: a long one moves the bar too.
         shape = "{percentage:3.0f}%|{bar}| {n:.0f}/{total} texts [{elapsed}<{remaining}{postfix}]"
         self._bar = tqdm(total=texts, initial=done, disable=hidden, bar_format=shape)
@@ -282,19 +280,27 @@ class ProgressBar:
         self._bar.update(texts)
 
 
-def _as_ids(name: str, text: Any) -> Sequence[int]:
+def checked_ids(name: str, text: Any, vocab_size: int) -> list[int]:
+    """A text that is given as ids: a sequence, a tensor or an array of them.
+
+    Raises:
+        ValueError: it is none, or an id is no integer in ``[0, vocab_size)``; begins with ``name``.
+    """
     ids = text.tolist() if hasattr(text, "tolist") else text
     if not isinstance(ids, Sequence) or isinstance(ids, bytes | bytearray):
         raise ValueError(
-            f"{name} must be a string or a list of token ids; got {type(text).__name__} "
+            f"{name}: expected a string or a list of token ids; got {type(text).__name__} "
             "(a single text of ids is [[...]])"
         )
-    for place, token in enumerate(ids):
-        if type(token) is not int:
-            raise ValueError(
-                f"{name}: token ids must be integers; got {token!r} at position {place}"
-            )
-    return ids
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        return list(ids)
+    place = next(
+        i for i, token in enumerate(ids) if type(token) is not int or not 0 <= token < vocab_size
+    )
+    raise ValueError(
+        f"{name}: token ids must be integers in [0, {vocab_size}); got {ids[place]!r} at position "
+        f"{place}"
+    )
 
 
 def _checked(name: str, value: int | None, default: int, low: int, high: int) -> int:
