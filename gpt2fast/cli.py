@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from gpt2fast.benchmark.options import add_arguments as add_bench_arguments
 from gpt2fast.scoring import command as scoring
 from gpt2fast.training import add_arguments as add_train_arguments
 from gpt2fast.version import __version__
@@ -51,6 +52,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--json", action="store_true", help="as a JSON object")
     info.set_defaults(run=_info)
+
+    bench = commands.add_parser(
+        "bench",
+        help="how fast this machine is, beside other runtimes",
+        description="Measure greedy decoding and a prompt on this machine's CPU beside every "
+        "other runtime of GPT-2 that is installed, answers compared first. Weights are random; "
+        "those that are not installed are named.",
+    )
+    add_bench_arguments(bench)
+    bench.set_defaults(run=_bench)
 
     train = commands.add_parser(
         "train",
@@ -188,6 +199,12 @@ def _info(args: argparse.Namespace) -> int:
     facts = collect()
     print(json.dumps(facts, indent=2) if args.json else report(facts))
     return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from gpt2fast.benchmark.command import run
+
+    return run(args)
 
 
 def _train(args: argparse.Namespace) -> int:
