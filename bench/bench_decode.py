@@ -8,36 +8,30 @@ and the same disturbances; ratios are of such turns. The method is that of `gpt2
 the environment: ``GPT2FAST_BENCH_RECORD=1`` writes ``results/cpu/decode.json``, after every case;
 ``GPT2FAST_BENCH_MINUTES`` bounds the run (what it left out is named as not measured),
 ``GPT2FAST_BENCH_THREADS`` sets threads (all cores), ``GPT2FAST_BENCH_MODELS`` the folder in which
-models are built and kept (``build/bench``).
+models are built and kept (``build/bench``). ``GPT2FAST_BENCH_COMPILED=1`` adds contenders under
+`torch.compile`, which takes minutes.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from bench.report import missing, times_table
+from gpt2fast.benchmark.cases import COMPILED_DECODE, DECODE, DecodeCase, quick_decode
 from gpt2fast.benchmark.companies import Companies
-from gpt2fast.benchmark.contest import DecodeCase, decode
+from gpt2fast.benchmark.contest import decode
 from gpt2fast.benchmark.record import QUICK, RECORD, RESULTS, Record
 from gpt2fast.benchmark.table import COMPANIES
+from gpt2fast.benchmark.tables import missing, times_table
 
-UNTIL = 0.65  # of the minutes given
-CASES = (
-    [DecodeCase("gpt2", "quick", 32, 33)]
-    if QUICK
-    else [
-        DecodeCase(model, company, prompt, new)
-        for model in ("gpt2", "gpt2-medium")
-        for company in ("float32", "smaller")
-        for prompt, new in ((32, 129), (512, 65))
-    ]
-)
+COMPILED = COMPILED_DECODE if os.environ.get("GPT2FAST_BENCH_COMPILED") else []
+CASES = [quick_decode("gpt2")] if QUICK else [*DECODE, *COMPILED]
 
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    return Record("decode", UNTIL, RESULTS if RECORD else None)
+    return Record("decode", RESULTS if RECORD else None, cases=len(CASES))
 
 
 @pytest.fixture(scope="module")

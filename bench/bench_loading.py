@@ -11,19 +11,19 @@ from functools import partial
 
 import pytest
 
-from bench.report import loading_table, missing
 from gpt2fast.benchmark.loading import imports, loading
 from gpt2fast.benchmark.processes import Process
 from gpt2fast.benchmark.record import QUICK, RECORD, RESULTS, THREADS, Record
 from gpt2fast.benchmark.table import BASE, LOADING
+from gpt2fast.benchmark.tables import loading_table, missing
 
-UNTIL = 0.15  # of the minutes given
 ROUNDS = 1 if QUICK else 2
+MODELS = ["gpt2"] if QUICK else ["gpt2", "gpt2-medium"]
 
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    return Record("loading", UNTIL, RESULTS if RECORD else None)
+    return Record("loading", RESULTS if RECORD else None, cases=len(MODELS))
 
 
 def test_imports(record: Record) -> None:
@@ -34,7 +34,7 @@ def test_imports(record: Record) -> None:
     )
 
 
-@pytest.mark.parametrize("model", ["gpt2"] if QUICK else ["gpt2", "gpt2-medium"])
+@pytest.mark.parametrize("model", MODELS)
 def test_loading(record: Record, model: str) -> None:
     if record.time_is_up():
         record.add({"model": model, "not measured": "no time left"})

@@ -5,35 +5,26 @@
 Contenders take turns, a call each; environment and records as in ``bench_decode.py``.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from bench.report import missing, times_table
+from gpt2fast.benchmark.cases import COMPILED_PREFILL, PREFILL, PrefillCase, quick_prefill
 from gpt2fast.benchmark.companies import Companies
-from gpt2fast.benchmark.contest import PrefillCase, prefill
+from gpt2fast.benchmark.contest import prefill
 from gpt2fast.benchmark.record import QUICK, RECORD, RESULTS, Record
-from gpt2fast.benchmark.table import PREFILL, PREFILL_BATCH, QUICK_COMPANY
+from gpt2fast.benchmark.table import COMPANIES
+from gpt2fast.benchmark.tables import missing, times_table
 
-UNTIL = 1.0  # of the minutes given
-CASES = (
-    [PrefillCase("gpt2", 1, 128, 3)]
-    if QUICK
-    else [  # of a model, what matters most first: time may end
-        PrefillCase(model, batch, prompt, rounds)
-        for model in ("gpt2", "gpt2-medium")
-        for batch, prompt, rounds in (
-            *((1, 512, 4), (1, 128, 6), (1, 1024, 3)),
-            *((8, 128, 3), (8, 512, 2), (8, 1024, 2)),
-        )
-    ]
-)
+COMPILED = COMPILED_PREFILL if os.environ.get("GPT2FAST_BENCH_COMPILED") else []
+CASES = [quick_prefill("gpt2")] if QUICK else [*PREFILL, *COMPILED]
 
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    return Record("prefill", UNTIL, RESULTS if RECORD else None)
+    return Record("prefill", RESULTS if RECORD else None, cases=len(CASES))
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +38,10 @@ def test_prefill(record: Record, companies: Companies, case: PrefillCase) -> Non
     if record.time_is_up():
         record.add({**vars(case), "not measured": "no time left"})
         pytest.skip("no time left")
-    everybody = QUICK_COMPANY if QUICK else PREFILL
-    names = everybody if case.batch == 1 else PREFILL_BATCH
-    made = prefill(case, names, companies.of(case.model, everybody), record.time_is_up)
+    # Batches are measured between some of those who are there anyway.
+    loaded = COMPANIES["prefill" if case.company == "batches" else case.company]
+    company = companies.of(case.model, loaded)
+    made = prefill(case, COMPANIES[case.company], company, record.time_is_up)
     record.add(made)
     print("\n".join(["", times_table([made]), *missing([made])]), file=sys.stderr)
     wrong = {name: r["wrong"] for name, r in made["contenders"].items() if "wrong" in r}

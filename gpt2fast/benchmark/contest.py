@@ -4,12 +4,13 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from gpt2fast.benchmark.cases import DecodeCase, PrefillCase
 from gpt2fast.benchmark.ours import agreement
 from gpt2fast.benchmark.processes import Failed
 from gpt2fast.benchmark.statistics import paired_ratios, quantiles
@@ -19,6 +20,8 @@ from gpt2fast.benchmark.table import AGAIN, BARE, BASE, EXACT, OURS
 EXACT_TOLERANCE = 1e-4
 # Of fewer bits, root mean square over the spread: beyond it, it is another function.
 OTHER_TOLERANCE = 0.5
+# The same program differs from itself by more than this: the machine does something else besides.
+NOISY = 0.05
 _GATE_TOKENS = 64
 _WARM_UP = 3  # tokens
 
@@ -37,33 +40,6 @@ class Asked(Protocol):
 Start = Callable[[str], Asked]  # by the contender's name
 
 
-@dataclass(frozen=True)
-class DecodeCase:
-    """Greedy text: ``new`` tokens after ``prompt``, in turns of ``chunk``."""
-
-    model: str
-    company: str
-    prompt: int
-    new: int
-    chunk: int = 16
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.prompt}+{self.new} {self.company}"
-
-
-@dataclass(frozen=True)
-class PrefillCase:
-    """The first new token of ``batch`` prompts of ``prompt`` tokens, ``rounds`` times."""
-
-    model: str
-    batch: int
-    prompt: int
-    rounds: int
-
-    def __str__(self) -> str:
-        return f"{self.model} prefill {self.batch}x{self.prompt}"
-
-
 def tokens(count: int, seed: int) -> list[int]:
     """A prompt: words of any kind, the end-of-text aside."""
     return random.Random(seed).choices(range(50256), k=count)
@@ -72,29 +48,39 @@ def tokens(count: int, seed: int) -> list[int]:
 class Company:
     """The processes of the contenders of a model that are here and right, for its cases in turn.
 
+    Args:
+        names: of the contenders; the first one in float32 that answers is the reference.
+        start: a process by its contender's name; `Failed` says why there is none.
+        say: is told what comes next.
+
     Attributes:
+        base: the reference: whose logits and tokens are right, and of whose time ratios are.
         processes: by name.
         reports: for the case at hand, what became of each.
+
+    Raises:
+        Failed: there is no reference.
     """
 
     def __init__(self, names: tuple[str, ...], start: Start, say: Say) -> None:
         self.reports = self._all = {name: Report() for name in names}
         self.processes: dict[str, Asked] = {}
         self.say = say
+        self.base: str | None = None
         self._reference: Any = None
         self._measurer = start(BARE)  # a process of its own, which loads no model
         for name in names:
-            say(f"{name}: loading")
-            self.processes[name] = start(name)
             with self.excluding(name):
+                self.processes[name] = start(name)
+                say(f"{name}: loading")
                 self.processes[name].ask("prepare")
                 self.processes[name].ask("load")
                 if name != BARE:
                     self._gate(name)
                 generated(self.processes[name], tokens(8, seed=3), _WARM_UP)
-        if BASE not in self.processes:
+        if self.base is None:
             self.close()
-            raise Failed(f"{BASE}, the reference: {self.reports[BASE]}")
+            raise Failed(f"nobody computes in float32: {self._all}")
 
     def begin(self, names: tuple[str, ...] | None = None) -> None:
         """A new case: reports of these, with what holds for every case."""
@@ -113,30 +99,34 @@ class Company:
         except Failed as error:
             kind = "wrong" if isinstance(error, Wrong) else "not measured"
             self._all[name][kind] = self.reports[name][kind] = str(error)
-            self.processes.pop(name).close()
+            if name in self.processes:
+                self.processes.pop(name).close()
 
     def _gate(self, name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "logits.npy")
             self.processes[name].ask("logits", ids=tokens(_GATE_TOKENS, seed=1), path=path)
             logits = np.load(path)
-        if self._reference is None:
-            self._reference = logits
-        found = self.reports[name]["agreement"] = agreement(self._reference, logits)
+        if self._reference is None and name not in EXACT:
+            raise Failed("nothing to hold it against")
+        reference = logits if self._reference is None else self._reference
+        found = self.reports[name]["agreement"] = agreement(reference, logits)
         kind, most = ("largest", EXACT_TOLERANCE) if name in EXACT else ("error", OTHER_TOLERANCE)
         if not found[kind] <= most:
-            raise Wrong(f"logits differ from transformers': {kind} {found[kind]:.1e}")
+            raise Wrong(f"logits differ from those of {self.base}: {kind} {found[kind]:.1e}")
+        if self._reference is None:
+            self.base, self._reference = name, logits
 
     def check_tokens(self, made: dict[str, list[int]]) -> None:
         """Exclude who should have generated the reference's tokens and did not."""
-        if BASE not in made:
-            raise Failed(f"{BASE}, the reference: {self.reports[BASE]}")
-        right = made[BASE]
+        if self.base not in made:
+            raise Failed(f"{self.base}, the reference: {self._all[str(self.base)]}")
+        right = made[self.base]
         for name in EXACT & made.keys():
             with self.excluding(name):
                 for place, (token, expected) in enumerate(zip(made[name], right, strict=True)):
                     if token != expected:
-                        raise Wrong(f"new token {place} is {token}, transformers' {expected}")
+                        raise Wrong(f"new token {place} is {token}, that of {self.base} {expected}")
 
     def limits(self) -> dict[str, float]:
         """Of the machine, now."""
@@ -163,15 +153,22 @@ class Wrong(Failed):
     """An answer is not the reference's."""
 
 
-def decode(case: DecodeCase, company: Company) -> Report:
-    """The record of a case."""
+def decode(
+    case: DecodeCase, company: Company, time_is_up: Callable[[], bool] = lambda: False
+) -> Report:
+    """The record of a case.
+
+    Raises:
+        Failed: time is up before the text is finished, or the reference failed.
+    """
     company.begin()
     prompt = tokens(case.prompt, seed=2)
     limits = []
     answers: dict[str, dict[str, Any]] = {}
-    chunks = -(-(case.new - 1) // case.chunk)
-    for turn in range(1 + chunks):
-        company.say(f"{case}: turn {turn} of {chunks}")
+    for turn in range(case.turns):
+        if time_is_up():
+            raise Failed("no time left")
+        company.say(f"{case}: turn {turn + 1} of {case.turns}")
         limits.append(company.limits())
         for name in company.present():
             with company.excluding(name):
@@ -189,7 +186,7 @@ def decode(case: DecodeCase, company: Company) -> Report:
             "token_s": quantiles(seconds[1:]),
             "seconds": [sum(part) / len(part) for part in parts],
         }
-    return _closed(asdict(case), company, limits)
+    return closed(asdict(case), company.reports, limits, base=str(company.base))
 
 
 def prefill(
@@ -204,10 +201,10 @@ def prefill(
     limits = []
     seconds: dict[str, list[float]] = {name: [] for name in names}
     first: dict[str, list[int]] = {}
-    for turn in range(1 + case.rounds):  # the first is the warm-up
+    for turn in range(case.turns):  # the first is the warm-up
         if turn > 1 and time_is_up():
             break
-        company.say(f"{case}: turn {turn} of {case.rounds}")
+        company.say(f"{case}: turn {turn + 1} of {case.turns}")
         limits.append(company.limits())
         for name in company.present():
             with company.excluding(name):
@@ -218,22 +215,44 @@ def prefill(
             company.check_tokens({name: first[name] for name in company.present()})
     for name in company.present():
         company.reports[name]["seconds"] = seconds[name][1:]
-    return _closed(asdict(case), company, limits)
+    return closed(asdict(case), company.reports, limits, base=str(company.base))
 
 
-def _closed(case: Report, company: Company, limits: list[dict[str, float]]) -> Report:
-    """The case with everybody's report, its ratios, and the limits."""
-    reports = company.reports
+def closed(
+    case: Report,
+    reports: dict[str, Report],
+    limits: list[dict[str, float]],
+    *,
+    base: str = BASE,
+    ours: str = OURS,
+    again: str = AGAIN,
+) -> Report:
+    """The case with everybody's report, the ratios of their "seconds", and the limits.
+
+    ``again`` is ``ours`` once more: how far they differ is the noise. Where that is more than
+    `NOISY`, the case says so and the bounds of every ratio are wider by it.
+    """
+    record: Report = {**case, "base": base}
     for report in reports.values():
         if "seconds" in report:
             report["p"] = quantiles(report["seconds"])
-            for key, rival in (("times_base", BASE), ("times_ours", OURS), ("share_of_bare", BARE)):
+            for key, rival in (("times_base", base), ("times_ours", ours), ("share_of_bare", BARE)):
                 if "seconds" in reports.get(rival, {}):
                     report[key] = paired_ratios(report["seconds"], reports[rival]["seconds"])
-    record = {**case, "contenders": reports}
-    record["limits"] = {key: quantiles([limit[key] for limit in limits]) for key in limits[0]}
-    again = reports.get(AGAIN, {}).get("times_ours")
-    if again:
-        # The same program against itself: no smaller difference than this means anything.
-        record["noise"] = max(abs(again["p20"] - 1), abs(again["p80"] - 1))
+    if spread := reports.get(again, {}).get("times_ours"):
+        record["noise"] = max(abs(spread["p20"] - 1), abs(spread["p80"] - 1))
+        if record["noise"] > NOISY:
+            record["noisy"] = True
+            _widen(reports, base, record["noise"])
+    record["contenders"] = reports
+    if limits:
+        record["limits"] = {key: quantiles([limit[key] for limit in limits]) for key in limits[0]}
     return record
+
+
+def _widen(reports: dict[str, Report], base: str, noise: float) -> None:
+    for name, report in reports.items():
+        for key in ("times_base", "times_ours", "share_of_bare"):
+            if key in report and not (name == base and key == "times_base"):
+                report[key]["p20"] /= 1 + noise
+                report[key]["p80"] *= 1 + noise

@@ -29,6 +29,12 @@ def config_of(name: str) -> GPT2Config:
     return GPT2Config(**(TINY if name == "tiny" else PRESETS[name]))
 
 
+def weight_bytes(name: str, bits: int) -> int:
+    """What a token's matrix products read: the blocks' matrices and the head."""
+    c = config_of(name)
+    return (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd) * bits // 8
+
+
 def weights(name: str) -> "GPT2LMHeadModel":
     """A model with seeded random weights, biases and LayerNorms included.
 

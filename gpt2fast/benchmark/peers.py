@@ -54,8 +54,11 @@ class Streamer:
 
 
 class Transformers:
-    def __init__(self, name: str, threads: int, attention: str) -> None:
+    """``gelu``: the name of an activation; by default the checkpoint's, eight operations."""
+
+    def __init__(self, name: str, threads: int, attention: str, gelu: str | None = None) -> None:
         self._name, self._threads, self._attention = name, threads, attention
+        self._options = {} if gelu is None else {"activation_function": gelu}
 
     def prepare(self) -> None:
         models.checkpoint(self._name)
@@ -69,7 +72,7 @@ class Transformers:
         torch.set_num_threads(self._threads)
         self._torch = torch
         self._model = transformers.GPT2LMHeadModel.from_pretrained(
-            models.checkpoint(self._name), attn_implementation=self._attention
+            models.checkpoint(self._name), attn_implementation=self._attention, **self._options
         ).eval()
         self._model.generation_config.eos_token_id = None
         self._model.generation_config.pad_token_id = 0

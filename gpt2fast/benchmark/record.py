@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from gpt2fast.benchmark.environment import ROOT, environment
+from gpt2fast.benchmark.progress import Progress
 from gpt2fast.version import __version__
 
 RESULTS = ROOT / "bench" / "results" / "cpu"
 QUICK = bool(os.environ.get("GPT2FAST_BENCH_QUICK"))
 RECORD = bool(os.environ.get("GPT2FAST_BENCH_RECORD"))
 STARTED = time.monotonic()
-# For all three benchmarks; without, every case runs.
+# Of this process; without, every case runs.
 MINUTES = float(os.environ.get("GPT2FAST_BENCH_MINUTES") or "inf")
 THREADS = int(os.environ.get("GPT2FAST_BENCH_THREADS") or os.cpu_count() or 1)
 
@@ -61,33 +62,47 @@ class Record:
     """The cases of one benchmark.
 
     Args:
-        name: of the file.
-        until: the share of the minutes given, since the run began, after which no case begins.
-        folder: where to write; None writes nothing.
+        name: of the benchmark.
+        folder: where to write NAME.json; None writes nothing.
+        cases: how many will be added: after each, the time left is said.
+        path: where to write instead.
+        threads: that the contenders have.
     """
 
-    def __init__(self, name: str, until: float, folder: Path | None) -> None:
-        self._path = None if folder is None else folder / f"{name}.json"
-        self._ends = STARTED + 60 * MINUTES * until
+    def __init__(
+        self,
+        name: str,
+        folder: Path | None,
+        *,
+        cases: int = 0,
+        path: Path | None = None,
+        threads: int = THREADS,
+    ) -> None:
+        self._path = folder / f"{name}.json" if folder is not None else path
+        self._name, self._expected = name, cases
+        self._progress = Progress(cases, 60 * MINUTES)
         facts = _facts()
         facts["versions"] |= {package: _version(package) for package in _PACKAGES}
         facts["versions"]["gpt2fast"] = __version__
         self.content: dict[str, Any] = {
             **facts,
             "flags": _flags(),
-            "threads": THREADS,
+            "threads": threads,
             "quick": QUICK,
             "cases": [],
         }
         self._write()
 
     def time_is_up(self) -> bool:
-        return time.monotonic() > self._ends
+        return time.monotonic() > STARTED + 60 * MINUTES
 
     def add(self, case: dict[str, Any]) -> None:
         """A case that is finished, or what is known of one that is not."""
         self.content["cases"].append(case)
         self._write()
+        if self._expected:
+            done = len(self.content["cases"])
+            self._progress(f"{self._name}: {done} of {self._expected} cases")
 
     def put(self, key: str, value: Any) -> None:
         self.content[key] = value

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
+from gpt2fast.benchmark.compiled import CompiledLoop, CompiledTransformers
 from gpt2fast.benchmark.llama import LlamaCpp
 from gpt2fast.benchmark.ours import BareLoop, Ours, TorchAlone
 from gpt2fast.benchmark.peers import (
@@ -22,6 +24,9 @@ TORCH = "torch alone"
 _MAKERS: dict[str, Callable[[str, int], Contender]] = {
     BASE: partial(Transformers, attention="sdpa"),
     "transformers eager": partial(Transformers, attention="eager"),
+    "transformers tuned": partial(Transformers, attention="sdpa", gelu="gelu_pytorch_tanh"),
+    "transformers compiled": CompiledTransformers,
+    "compiled loop": CompiledLoop,
     "pytorch-pretrained-bert": PytorchPretrainedBert,
     "CTranslate2": partial(CTranslate2, compute_type="float32"),
     "CTranslate2 int8": partial(CTranslate2, compute_type="int8"),
@@ -45,6 +50,9 @@ _MAKERS: dict[str, Callable[[str, int], Contender]] = {
 EXACT = {
     BASE,
     "transformers eager",
+    "transformers tuned",
+    "transformers compiled",
+    "compiled loop",
     "pytorch-pretrained-bert",
     "CTranslate2",
     "ONNX Runtime",
@@ -53,10 +61,11 @@ EXACT = {
     "gpt2fast general",
 }
 
-# Contenders are measured in two companies, because all of them do not fit into memory. Both have
-# the base, the bound and ours.
+# Contenders are measured in companies, because all of them do not fit into memory. Each has the
+# base, the bound and ours twice.
 FLOAT32 = (
     BASE,
+    "transformers tuned",
     "transformers eager",
     "pytorch-pretrained-bert",
     "CTranslate2",
@@ -75,27 +84,32 @@ SMALLER = (
     "llama.cpp Q4_0",
     BARE,
     OURS,
+    AGAIN,
     "gpt2fast bfloat16",
     "gpt2fast fp16",
     "gpt2fast int8",
 )
-
-# The headline in three minutes.
-QUICK_COMPANY = (
+# The headline in three minutes; who must not be missing comes first.
+QUICK = (
     BASE,
-    "CTranslate2",
-    "CTranslate2 int8",
-    "ONNX Runtime",
-    BARE,
     OURS,
     AGAIN,
-    "gpt2fast fp16",
+    BARE,
+    "CTranslate2",
+    "ONNX Runtime",
+    "llama.cpp",
     "gpt2fast int8",
+    "CTranslate2 int8",
+    "ONNX Runtime int8",
+    "llama.cpp Q8_0",
+    "gpt2fast fp16",
+    "transformers tuned",
+    "transformers eager",
+    "pytorch-pretrained-bert",
 )
-COMPANIES = {"float32": FLOAT32, "smaller": SMALLER, "quick": QUICK_COMPANY}
-
 PREFILL = (
     BASE,
+    "transformers tuned",
     "transformers eager",
     "CTranslate2",
     "CTranslate2 int8",
@@ -109,7 +123,7 @@ PREFILL = (
     "gpt2fast fp16",
     "gpt2fast int8",
 )
-PREFILL_BATCH = (
+BATCHES = (
     BASE,
     "CTranslate2",
     "CTranslate2 int8",
@@ -119,6 +133,15 @@ PREFILL_BATCH = (
     AGAIN,
     "gpt2fast int8",
 )
+COMPILED = (BASE, "transformers compiled", "compiled loop", BARE, OURS, AGAIN)
+COMPANIES = {
+    "float32": FLOAT32,
+    "smaller": SMALLER,
+    "quick": QUICK,
+    "prefill": PREFILL,
+    "batches": BATCHES,
+    "compiled": COMPILED,
+}
 LOADING = (
     TORCH,
     BASE,
@@ -130,6 +153,22 @@ LOADING = (
     "gpt2fast fp16",
     "gpt2fast int8",
 )
+
+
+# Rival -> the module that it is imported as; other contenders need nothing more than we do.
+_MODULES = {
+    "transformers": "transformers",
+    "pytorch-pretrained-bert": "pytorch_pretrained_bert",
+    "CTranslate2": "ctranslate2",
+    "ONNX Runtime": "onnxruntime",
+    "llama.cpp": "llama_cpp",
+}
+
+
+def installed(name: str) -> bool:
+    """Whether a contender can be loaded at all."""
+    needed = (module for rival, module in _MODULES.items() if name.startswith(rival))
+    return all(find_spec(module) is not None for module in needed)
 
 
 def make(name: str, model: str, threads: int) -> Contender:
