@@ -29,6 +29,8 @@ _EXPORTS = {
     "GPT2Tokenizer": "gpt2fast.tokenizer",
     "backend": "gpt2fast.kernels",
     "quantize": "gpt2fast.quantization",
+    "accelerate": "gpt2fast.integrations.accelerate",
+    "restore": "gpt2fast.integrations.accelerate",
     "score": "gpt2fast.scoring.scorer",
     "Scorer": "gpt2fast.scoring.scorer",
     "Score": "gpt2fast.scoring.scorer",
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from gpt2fast.config import GPT2Config as GPT2Config
     from gpt2fast.engine import Engine as Engine
     from gpt2fast.engine import release as release
+    from gpt2fast.integrations.accelerate import accelerate as accelerate
+    from gpt2fast.integrations.accelerate import restore as restore
     from gpt2fast.kernels import backend as backend
     from gpt2fast.model import GPT2DoubleHeadsModel as GPT2DoubleHeadsModel
     from gpt2fast.model import GPT2LMHeadModel as GPT2LMHeadModel
