@@ -4,8 +4,9 @@
 
 Parts, the most important first: ``parity`` (the tests of the kernels, on the GPU), ``sanitize``
 (memory errors and races), ``limits`` (what the device reaches), ``decode`` (whole generations
-against their peers), ``ops`` (every op against its own). ``--only ops:attention`` takes the cases,
-or tests, whose name contains "attention".
+against their peers), ``training``, ``prefill`` and ``scoring`` (steps of whole models),
+``accelerate`` (models of transformers on our kernels against themselves), ``ops`` (every op against
+its own peers). ``--only ops:attention`` takes the cases, or tests, whose name contains "attention".
 
 It runs from a checkout that is not installed. Each part is a process of its own, so one that
 crashes or hangs takes nothing else down. The record is written after every case. The exit status is

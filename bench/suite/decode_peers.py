@@ -19,8 +19,9 @@ Generate = Callable[[Tensor, int], Tensor]
 _GRANULE = 64  # the static cache's length is a multiple of it
 
 
-def transformers_model(model: Any, activation: str) -> Any:
-    """transformers' model with the same weights, dtype and device, on its fastest attention."""
+def transformers_model(model: Any, activation: str, attention: str = "sdpa") -> Any:
+    """transformers' model with the same weights, dtype and device; on its fastest attention where
+    nothing else is asked for."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -32,7 +33,7 @@ def transformers_model(model: Any, activation: str) -> Any:
         "pad_token_id": 0,
     }
     del fields["model_type"]
-    config = transformers.GPT2Config(**fields, attn_implementation="sdpa")
+    config = transformers.GPT2Config(**fields, attn_implementation=attention)
     with model.device:
         theirs = transformers.GPT2LMHeadModel(config).to(model.dtype).eval()
     theirs.load_state_dict(model.state_dict(), strict=False)

@@ -13,19 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.suite import decode_report, report, sanitizer
+from bench.suite import decode_report, report, sanitizer, step_report
+from bench.suite.cases_state import CasesState
 from bench.suite.environment import ROOT
 from bench.suite.processes import Failed, Process, TimedOut, tail
+from bench.suite.step_cases import STEP_PARTS
 
-PARTS = ("parity", "sanitize", "limits", "decode", "ops")
-# What of the whole budget a part may take at most, so that the next have their share; the last that
-# was asked for takes what is left.
-_MOST = {"parity": 0.55, "sanitize": 0.22, "limits": 0.12, "decode": 0.4, "ops": 1.0}
+# Whole models share a process: it loads what they need once, and takes their cases in turn.
+_GROUPS = (("parity",), ("sanitize",), ("limits",), ("decode",), STEP_PARTS, ("ops",))
+PARTS = tuple(part for group in _GROUPS for part in group)
+_TIMED = {"decode", *STEP_PARTS, "ops"}
+# What of the whole budget a group may take at most, so that the next have their share; the last
+# that was asked for takes what is left.
+_MOST = dict(zip(_GROUPS, (0.5, 0.15, 0.1, 0.25, 0.3, 1.0), strict=True))
 _OVERRUN = 15.0  # seconds that a case may run on when the budget ends
 _STARTING = 120.0  # seconds until a process must give its first sign of life
 # The tests' time is that of compiling hundreds of kernels, on the host.
 _TEST_PROCESSES = max(1, min(14, (os.cpu_count() or 1) - 2))
-_ATTEMPTS = 3  # at a case, each without the provider that broke the one before
 # Errors that another test may be to blame for: they are run again, alone.
 _VICTIMS = re.compile(r"out of memory|OutOfMemory|CUDA error|unspecified launch failure")
 # Stands for the tests of all kernels in a dry run.
@@ -82,33 +86,42 @@ class Suite:
     def run(self) -> None:
         only = self._options.only
         # Without the limits there would be nothing to hold the times against.
-        timed = "ops" in only or "decode" in only
-        chosen = [p for p in PARTS if p in only or (p == "limits" and timed)]
+        wanted = {*only, *(("limits",) if _TIMED & only.keys() else ())}
         with (
             self._log_path.open("w", encoding="utf-8") as self._log,
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches,
         ):
             self._variables |= _caches(Path(caches))
-            self._run_parts(chosen)
+            groups = [tuple(part for part in group if part in wanted) for group in _GROUPS]
+            last = max(i for i, group in enumerate(groups) if group)
+            for i, group in enumerate(groups):
+                share = 1.0 if i == last else _MOST[_GROUPS[i]]
+                if group:
+                    self._run_group(group, share * self._options.budget_seconds)
 
-    def _run_parts(self, chosen: list[str]) -> None:
-        only = self._options.only
-        for name in chosen:
-            part = self._record["parts"][name] = {"status": "running"}
-            self._write()
-            begin = time.time()
-            share = 1.0 if name == chosen[-1] else _MOST[name]
-            end = min(self._deadline, begin + share * self._options.budget_seconds)
-            try:
-                if begin >= self._deadline:
-                    raise TimedOut("no time was left")
-                getattr(self, f"_{name}")(part, end, only.get(name, ""))
-            except TimedOut as error:
+    def _run_group(self, group: tuple[str, ...], seconds: float) -> None:
+        only = {name: self._options.only.get(name, "") for name in group}
+        parts = {name: {"status": "running"} for name in group}
+        self._record["parts"] |= parts
+        self._write()
+        begin = time.time()
+        end = min(self._deadline, begin + seconds)
+        try:
+            if begin >= self._deadline:
+                raise TimedOut("no time was left")
+            if group[0] in _TIMED:
+                self._cases(parts, end, only)
+            else:
+                getattr(self, f"_{group[0]}")(parts[group[0]], end, only[group[0]])
+        except TimedOut as error:
+            for part in parts.values():
                 part |= {"status": "incomplete", "reason": str(error)}
-            except Failed as error:
+        except Failed as error:
+            for name, part in parts.items():
                 self._fail(name, str(error), part)
+        for part in parts.values():
             part["seconds"] = round(time.time() - begin, 1)
-            self._write()
+        self._write()
 
     def _fail(self, name: str, reason: str, part: dict[str, Any]) -> None:
         part |= {"status": "failed", "reason": reason, "log": tail(self._log_path)}
@@ -256,7 +269,7 @@ class Suite:
             result["status"] = "passed"
         return result
 
-    # limits, decode and ops
+    # limits, decode, whole models and ops
 
     def _worker(self, job: dict[str, Any], before: list[str], variables: dict[str, str]) -> Process:
         options = self._options
@@ -281,24 +294,23 @@ class Suite:
         except (Failed, TimedOut) as error:
             probes["error"] = str(error)
 
-    def _ops(self, part: dict[str, Any], end: float, only: str) -> None:
-        self._cases("ops", part, end, only)
+    def _cases(self, parts: dict[str, dict[str, Any]], end: float, only: dict[str, str]) -> None:
+        """Cases one after the other, each in a process that outlives the case if it can.
 
-    def _decode(self, part: dict[str, Any], end: float, only: str) -> None:
-        self._cases("decode", part, end, only)
-
-    def _cases(self, name: str, part: dict[str, Any], end: float, only: str) -> None:
-        """Cases one after the other, each in a process that outlives the case if it can."""
-        part["cases"] = []
-        state = _CasesState(part["cases"])
+        The case of a whole model begins with its part's name; others are of a part alone."""
+        for part in parts.values():
+            part["cases"] = []
+        (first, *_), state = parts, CasesState()
+        steps = first in STEP_PARTS
         while not state.finished and time.time() < end:
-            job = {"part": name, "only": only, "deadline": end, **state.job()}
+            job = {"part": "steps" if steps else first, "deadline": end, **state.job()}
+            job |= {"parts": only, "only": ""} if steps else {"only": only[first]}
             try:
                 with self._worker(job, [], {}) as process:
                     for message in process.messages(end + _OVERRUN, _STARTING):
                         state.take(message)
                         if "case" in message:
-                            self._took(name, message["case"])
+                            self._took(parts, message["case"])
                     break  # it ended by itself: done, or out of time
             except TimedOut:
                 break
@@ -307,16 +319,21 @@ class Suite:
                 if broken is None:
                     raise
                 if broken:
-                    self._took(name, broken)
-        part["counts"] = dict(Counter(case["status"] for case in part["cases"]))
-        part["missing"] = state.missing()
-        part["status"] = "incomplete" if part["missing"] else "measured"
+                    self._took(parts, broken)
+        for name, part in parts.items():
+            part["counts"] = dict(Counter(case["status"] for case in part["cases"]))
+            part["missing"] = [m for m in state.missing() if not steps or m.split()[0] == name]
+            part["status"] = "incomplete" if part["missing"] else "measured"
 
-    def _took(self, name: str, case: dict[str, Any]) -> None:
+    def _took(self, parts: dict[str, dict[str, Any]], case: dict[str, Any]) -> None:
         """Rates, failures and the file, after each case."""
+        name = next(iter(parts))
+        if name in STEP_PARTS:
+            name = case["case"].split()[0]
+        parts[name]["cases"].append(case)
         limits = self._record["parts"].get("limits", {}).get("limits")
-        add_rates = report.add_rates if name == "ops" else decode_report.add_rates
-        add_rates(case, limits)
+        reports = {"ops": report, "decode": decode_report}
+        reports.get(name, step_report).add_rates(case, limits)
         if case["status"] == "failed":
             self._record["failures"].append(f"{name}: {case['case']}: {_reason(case)}")
         self._write()
@@ -327,67 +344,3 @@ def _reason(case: dict[str, Any]) -> str:
         return str(case["reason"])
     times = [times["ours"] for times in case["times"].values()]
     return next(r["wrong"] for r in (case["providers"]["ours"], *times) if "wrong" in r)
-
-
-class _CasesState:
-    """How far the cases are, across processes that may break."""
-
-    def __init__(self, cases: list[dict[str, Any]]) -> None:
-        self._cases = cases
-        self._planned: list[str] | None = None
-        self._current: str | None = None
-        self._provider: str | None = None
-        self._without: dict[str, dict[str, str]] = {}  # by case: who broke it
-        self._uncaptured: dict[str, dict[str, str]] = {}  # by op: whose capture failed
-        self._again = False
-
-    @property
-    def finished(self) -> bool:
-        return self._planned is not None and not self.missing()
-
-    def missing(self) -> list[str]:
-        done = {case["case"] for case in self._cases}
-        return [name for name in self._planned or [] if name not in done]
-
-    def job(self) -> dict[str, Any]:
-        return {
-            "done": [case["case"] for case in self._cases],
-            "without": self._without,
-            "uncaptured": self._uncaptured,
-        }
-
-    def take(self, message: dict[str, Any]) -> None:
-        if "cases" in message:
-            self._planned = message["cases"]
-        elif "begin" in message:
-            self._current, self._provider = message["begin"], None
-        elif "phase" in message:
-            kind, _, name = message["phase"].partition(" ")
-            self._provider = name if kind == "provider" else None
-        elif "case" in message:
-            self._cases.append(message["case"])
-            self._current = None
-        elif "uncaptured" in message:
-            op = message["uncaptured"].pop("op")
-            self._uncaptured.setdefault(op, {}).update(message["uncaptured"])
-            self._again = True
-
-    def broken(self, reason: str) -> dict[str, Any] | None:
-        """The process broke: the record of a case to give up, empty to try again without a peer.
-
-        None where no case is to blame.
-        """
-        name, provider = self._current, self._provider
-        if name is None:
-            return None
-        self._current = None
-        if self._again:
-            self._again = False
-            return {}
-        without = self._without.setdefault(name, {})
-        if provider not in (None, "ours") and len(without) < _ATTEMPTS:
-            without[provider] = reason
-            return {}
-        record = {"case": name, "status": "failed", "reason": f"{provider or 'timing'}: {reason}"}
-        self._cases.append(record)
-        return record

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from bench.suite import decode_report
+from bench.suite import decode_report, step_report
+from bench.suite.step_cases import STEP_PARTS
 from bench.suite.work import AGAIN, OURS, Work
 
 # The end of a long output is what is sure to be seen, so the closing table has a length.
@@ -123,8 +124,10 @@ def summary(record: dict[str, Any]) -> str:
         failures[10:] = [f"and {len(failures) - 10} more failures, in the record"]
     closing = [*failures, f"{record['status']} after {record['seconds']:.0f} s"]
     room = MOST_CHARACTERS - sum(len(line) + 1 for line in (*lines, *closing))
+    steps = [case for name in STEP_PARTS for case in parts.get(name, {}).get("cases", [])]
     for head, rows in (
         (decode_report.HEAD, decode_report.rows(parts.get("decode", {}).get("cases", []))),
+        (step_report.HEAD, step_report.rows(steps)),
         (_HEAD, op_rows(parts.get("ops", {}).get("cases", []))),
     ):
         table = _table(head, rows, room)

@@ -82,7 +82,7 @@ class Contender:
             errors["backward"] = gate.backward_error(grads)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"[:300]
 
 
@@ -166,7 +166,7 @@ def _prepare(
         except WrongAnswer as error:
             report["wrong"] = str(error)
         except Exception as error:
-            report["wrong" if name == OURS else "not measured"] = _first_line(error)
+            report["wrong" if name == OURS else "not measured"] = first_line(error)
         else:
             contenders[name] = contender
     return contenders, reports
@@ -197,7 +197,7 @@ def _times(
                 try:
                     graph, replayed[name] = captured(call)
                 except Exception as error:
-                    raise NotCaptured(name, _first_line(error)) from error
+                    raise NotCaptured(name, first_line(error)) from error
                 device_calls[name] = graph.replay
         times[name]["device_source"] = "events" if why_not else "graph"
         if why_not:

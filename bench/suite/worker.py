@@ -3,9 +3,9 @@
     python -m bench.suite.worker '{"part": "ops", "table": "module:function", "dry_run": true, ...}'
 
 It reports on what was its standard output, a JSON object a line: ``{"phase": ..., "seconds": ...}``
-before anything that may take long, ``{"cases": [names]}`` and ``{"case": {...}}`` for the ops and
-for decoding, ``{"limits": {...}}``, ``{"probe": {name: {...}}}``, ``{"exercised": [names]}``.
-Whatever else is printed goes to standard error.
+before anything that may take long, ``{"cases": [names]}`` and ``{"case": {...}}`` for ops, decoding
+and steps of whole models, ``{"limits": {...}}``, ``{"probe": {name: {...}}}``,
+``{"exercised": [names]}``. Whatever else is printed goes to standard error.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import torch
@@ -27,6 +27,7 @@ from bench.suite.runner import SILENCE, NotCaptured, measure_case
 from bench.suite.work import OURS
 
 _DRY = {"seconds": 0.0, "least": 1, "most": 1}
+_STEPS = {"seconds": 1.5, "least": 3, "most": 31}  # a step of a whole model takes milliseconds
 
 
 def load_table(name: str) -> Callable[..., list[Case]]:
@@ -39,6 +40,7 @@ def load_table(name: str) -> Callable[..., list[Case]]:
 class _Worker:
     def __init__(self, job: dict[str, Any], channel: TextIO) -> None:
         self._job, self._channel, self._dry_run = job, channel, job["dry_run"]
+        self._scale = "tiny" if self._dry_run else "full"
         if self._dry_run:
             dry_run.emulate_gpu()
         elif not torch.cuda.is_available():
@@ -69,54 +71,62 @@ class _Worker:
             self.tell(probe={name: result})
 
     def ops(self) -> None:
-        """Measures the cases in turn, but for those done; stops at the deadline."""
-        job = self._job
-        cases = load_table(job["table"])("tiny" if self._dry_run else "full")
-        cases = [case for case in cases if job["only"] in case.name]
-        self.tell(cases=[case.name for case in cases])
         clock = self._clock()
-        for case in cases:
-            if case.name in job["done"]:
-                continue
-            if time.time() >= job["deadline"]:
-                break
-            begin = time.time()
-            self.tell(begin=case.name)
-            without = job["without"].get(case.name, {})
-            uncaptured = job["uncaptured"].get(case.op, {})
+
+        def measure(case: Case) -> dict[str, Any]:
+            without = self._job["without"].get(case.name, {})
+            uncaptured = self._job["uncaptured"].get(case.op, {})
             try:
-                record = measure_case(
+                return measure_case(
                     case, self._device, clock, self.say, without, uncaptured, self._dry_run
                 )
             except NotCaptured as error:
                 self.tell(uncaptured={"op": case.op, error.provider: error.reason})
                 raise
-            except torch.OutOfMemoryError as error:
-                record = {"case": case.name, "status": "not measured", "reason": str(error)[:300]}
-            record["seconds"] = time.time() - begin
-            self.tell(case=record)
-            torch.cuda.empty_cache()
+
+        self._measure(load_table(self._job["table"])(self._scale), measure)
 
     def decode(self) -> None:
-        """The decode ladder's cases in turn, as `ops`."""
-        from bench.suite.decode import decode_cases, measure_decode
+        from bench.suite.decode import DecodeCase, decode_cases, measure_decode
 
+        def measure(case: DecodeCase) -> dict[str, Any]:
+            without = self._job["without"].get(case.name, {})
+            return measure_decode(case, self._device, self.say, without, self._dry_run)
+
+        self._measure(decode_cases(self._scale), measure)
+
+    def steps(self) -> None:
+        """Those of the parts that are asked for, each of which has a text to look for."""
+        from bench.suite.step_cases import StepCase, step_cases
+        from bench.suite.step_runner import measure_steps
+
+        clock = Clock(self._device, **(_DRY if self._dry_run else _STEPS))
+        parts = self._job["parts"]
+
+        def measure(case: StepCase) -> dict[str, Any]:
+            without = self._job["without"].get(case.name, {})
+            return measure_steps(case, self._device, clock, self.say, without, self._dry_run)
+
+        cases = [c for c in step_cases(self._scale) if c.part in parts and parts[c.part] in c.name]
+        self._measure(cases, measure)
+
+    def _measure(self, cases: Sequence[Any], measure: Callable[[Any], dict[str, Any]]) -> None:
+        """The cases in turn, but for those done; none is begun that would end too late."""
         job = self._job
-        cases = decode_cases("tiny" if self._dry_run else "full")
         cases = [case for case in cases if job["only"] in case.name]
         self.tell(cases=[case.name for case in cases])
         for case in cases:
-            if case.name in job["done"]:
+            # Of the ops and of decoding each takes seconds, which the parent allows for.
+            expected = 0.0 if self._dry_run else getattr(case, "seconds", 0.0)
+            if case.name in job["done"] or time.time() + expected >= job["deadline"]:
                 continue
-            if time.time() >= job["deadline"]:
-                break
             begin = time.time()
             self.tell(begin=case.name)
-            without = job["without"].get(case.name, {})
             try:
-                record = measure_decode(case, self._device, self.say, without, self._dry_run)
+                record = measure(case)
             except torch.OutOfMemoryError as error:
-                record = {"case": case.name, "status": "not measured", "reason": str(error)[:300]}
+                record = {"case": case.name, "op": case.op, "status": "not measured"}
+                record["reason"] = str(error)[:300]
             record["seconds"] = time.time() - begin
             self.tell(case=record)
             torch.cuda.empty_cache()
@@ -160,6 +170,7 @@ def main() -> None:
         "limits": worker.limits,
         "probes": worker.probes,
         "decode": worker.decode,
+        "steps": worker.steps,
         "ops": worker.ops,
         "exercise": worker.exercise,
     }

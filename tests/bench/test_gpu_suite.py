@@ -40,7 +40,8 @@ def run(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
 
 def test_walks_through_every_part(tmp_path: Path) -> None:
     out = tmp_path / "record.json"
-    parts = ("parity", "sanitize:layer_norm", "limits", "decode", "ops")
+    steps = ("training", "prefill", "scoring", "accelerate")
+    parts = ("parity", "sanitize:layer_norm", "limits", "decode", *steps, "ops")
     status, record, output = run(out, "--only", *parts)
     assert status == 0, output
     assert record["status"] == "complete"
@@ -101,11 +102,33 @@ def test_walks_through_every_part(tmp_path: Path) -> None:
     assert first["providers"]["persistent"]["driver"] == "persistent"
     assert first["providers"]["int8"]["driver"] == "graph"  # in the interpreter
     assert second["times"]["fp8 cache"]["bytes"] < second["times"]["graph"]["bytes"]
+    for name in steps:
+        part = record["parts"][name]
+        assert part["status"] == "measured"
+        assert part["missing"] == []
+        for case in part["cases"]:
+            check_step(name, case)
+    assert len(record["parts"]["accelerate"]["cases"]) == 4
     # This text is all that is sure to be seen of a run elsewhere.
     assert "DRY RUN" in output
     assert len(output) < 12_000
     assert "| layer_norm 5x64 float32 | full |" in output
     assert "| decode tiny B1 after 1 |" in output
+    assert "| training tiny B2 T8 compiled: gpt2fast |" in output
+
+
+def check_step(part: str, case: dict[str, Any]) -> None:
+    """A case of whole models: everybody was judged, and then timed."""
+    assert case["case"].startswith(f"{part} ")
+    assert case["status"] == "measured", case
+    ours, *others = case["providers"]
+    assert ours == ("accelerated" if part == "accelerate" else "gpt2fast")
+    assert list(case["times"]) == [ours, *others]
+    for name, times in case["times"].items():
+        assert times["tokens_per_s"] > 0
+        assert times["mfu"] > 0
+        assert case["providers"][name]["error"] <= case["providers"][name]["bound"] + 1e-5
+        assert ("device_ratio" in times) == ("host_ratio" in times) == (name != ours)
 
 
 def test_wrong_answers_are_not_timed_and_crashes_harm_nothing_else(tmp_path: Path) -> None:
