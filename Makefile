@@ -9,7 +9,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 install = $(BIN)/python -m pip install --constraint constraints.txt --editable $(1) && touch $@
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint guard bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,8 +31,11 @@ lint: $(VENV)/dev.stamp ## check format, rules and types
 	@ln -s "$(CURDIR)"/gpt2fast/* "$(CURDIR)/kernels" "$(CURDIR)/tokenizer" build/types/gpt2fast/
 	$(BIN)/mypy
 
-bench: $(VENV)/bench.stamp ## run the benchmarks; ARGS reaches pytest
-	$(BIN)/pytest bench $(ARGS)
+guard: $(VENV)/test.stamp ## time a short subset against the commit before; fails on a loss of 20%
+	$(BIN)/python bench/guard.py $(ARGS)
+
+bench: $(VENV)/bench.stamp ## run all benchmarks, in 40 minutes; ARGS="--minutes 90 decode" chooses
+	$(BIN)/python -m bench.run $(ARGS)
 
 clean: ## remove the environment, builds and caches
 	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
