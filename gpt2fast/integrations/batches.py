@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from gpt2fast.checkpoint.vocabulary import tokenizer_of
 from gpt2fast.engine import Engine
@@ -53,6 +54,9 @@ class GenerateBatch:
         TypeError: an unknown option.
         ValueError: a value out of range; sampling without an id_column.
         (others): as `from_pretrained`.
+
+    Attributes:
+        model: the model, which a `ScoreBatch` in the same process may share.
     """
 
     def __init__(
@@ -75,10 +79,10 @@ class GenerateBatch:
         self._column, self._id_column = column, id_column
         self._seed, self._slots, self._options = seed, slots, options
         self._tokenizer = tokenizer_of(model)
-        self._model = GPT2LMHeadModel.from_pretrained(
+        self.model = GPT2LMHeadModel.from_pretrained(
             model, dtype=dtype, device=place(), quantize=quantize
         ).eval()
-        self._engine = Engine(self._model, slots)
+        self._engine = Engine(self.model, slots)
         self._enter([0], 0).cancel()  # what is wrong with the options is no row's fault
 
     def __call__(self, batch: Columns) -> dict[str, Any]:
@@ -94,7 +98,7 @@ class GenerateBatch:
         """
         ids = _ids(batch, self._column, self._id_column)
         if self._engine.closed:  # an earlier batch ended in the middle of a step
-            self._engine = Engine(self._model, self._slots)
+            self._engine = Engine(self.model, self._slots)
         sequences: list[Sequence] = []
         try:
             for row, prompt in zip(ids, batch[self._column], strict=True):
@@ -119,7 +123,7 @@ class GenerateBatch:
 
     def _encode(self, prompt: Any) -> list[int]:
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        ids = checked_ids("the prompt", ids, self._model.config.vocab_size)
+        ids = checked_ids("the prompt", ids, self.model.config.vocab_size)
         if not ids:
             raise ValueError("the prompt is empty")
         return ids
@@ -152,7 +156,8 @@ class ScoreBatch:
     ``perplexity`` (NaN where no token is scored).
 
     Args:
-        model: a name or folder, as `GPT2LMHeadModel.from_pretrained` takes it.
+        model: a name or folder, as `GPT2LMHeadModel.from_pretrained` takes it; or such a model,
+            which stays on the device where it is.
         column: of the texts: strings, or lists of token ids.
         id_column: of what errors call a row by.
         **options: as `gpt2fast.Scorer` takes them: ``add_bos``, ``stride``, ``dtype``, ...
@@ -163,14 +168,15 @@ class ScoreBatch:
 
     def __init__(
         self,
-        model: str | os.PathLike[str] = "gpt2",
+        model: str | os.PathLike[str] | nn.Module = "gpt2",
         *,
         column: str = "text",
         id_column: str | None = None,
         **options: Any,
     ) -> None:
         self._column, self._id_column = column, id_column
-        self._scorer = Scorer(model, device=place(), **options)
+        device = None if isinstance(model, nn.Module) else place()
+        self._scorer = Scorer(model, device=device, **options)
 
     def __call__(self, batch: Columns) -> dict[str, Any]:
         """The batch with new columns.
