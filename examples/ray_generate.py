@@ -4,14 +4,13 @@
     python examples/ray_generate.py --model gpt2-xl --actors 8 --gpus 1 --batch-size 256 \\
         texts.jsonl out
 
-Needs the extra `ray`. On a cluster, start it there: `ray.init` joins the one that is running. The
-same row gets the same text, however many actors there are.
+Needs the extra `ray`. Started on a cluster, it runs on all of it. The same row gets the same text,
+however many actors there are.
 """
 
 import argparse
 from pathlib import Path
 
-import ray
 import ray.data
 
 from gpt2fast.integrations.batches import GenerateBatch, ScoreBatch
@@ -32,14 +31,14 @@ class WriteAndScore:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Continue texts of JSON Lines, and score them.")
+    parser = argparse.ArgumentParser(description="Continue and score texts of JSON Lines.")
     parser.add_argument("source", nargs="?", default=LINES, help='objects with "id" and "text"')
     parser.add_argument("out", nargs="?", help="a folder for the results; default: print them")
     parser.add_argument("--model", default="bundled", help="a preset, a folder or a Hub name")
     parser.add_argument("--actors", type=int, default=2)
-    # Somebody has to read the file: where actors take all CPUs, everybody waits for ever.
-    parser.add_argument("--cpus", type=float, default=0.5, help="of an actor; not all there are")
-    parser.add_argument("--gpus", type=float, default=0, help="of an actor")
+    # Where actors take all CPUs, nobody is left to read the file.
+    parser.add_argument("--cpus", type=float, default=0.5, help="of an actor")
+    parser.add_argument("--gpus", type=float, default=0)
     parser.add_argument("--batch-size", type=int, default=4, help="rows an actor gets at once")
     args = parser.parse_args()
 
@@ -53,9 +52,9 @@ def main() -> None:
     )
     if args.out:
         scored.write_json(args.out)
-    else:
-        for row in sorted(scored.take_all(), key=lambda row: row["perplexity"]):
-            print(f"{row['perplexity']:8.1f}  {row['text']}|{row['generated_text']}")
+        return
+    for row in sorted(scored.take_all(), key=lambda row: row["perplexity"]):
+        print(f"{row['perplexity']:8.1f}  {row['text']}|{row['generated_text']}")
 
 
 if __name__ == "__main__":
