@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpt2fast.model import GPT2LMHeadModel
+    from gpt2fast.training.trainer import Trainer
 
 _SIZES = ("n_positions", "n_embd", "n_layer", "n_head")
 
@@ -60,9 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "so it decays on time however fast the machine is; a resumed run counts the "
         "minutes it had used",
     )
-    run.add_argument("--batch-tokens", type=int, default=2048, help="a step (%(default)s)")
     run.add_argument(
-        "--accumulate", type=int, default=1, help="parts that a step is computed in (%(default)s)"
+        "--batch-tokens",
+        type=int,
+        default=2048,
+        help="a step, of all processes together (%(default)s)",
+    )
+    run.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        help="parts that a process computes its share of a step in (%(default)s)",
     )
     run.add_argument(
         "--row-tokens",
@@ -106,6 +115,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--device", help="default: cuda where there is one, else cpu")
     run.add_argument("--threads", type=int, help="CPU threads")
+    run.add_argument(
+        "--compile", action="store_true", help="run the layers through torch.compile in training"
+    )
+    run.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        default="ddp",
+        help="under torchrun: the whole model in every process, or parameters, gradients and "
+        "optimizer state sharded over them (%(default)s)",
+    )
 
     report = parser.add_argument_group("reports")
     report.add_argument("--log-every", type=int, default=50, help="steps (%(default)s)")
@@ -138,12 +157,14 @@ def run(args: argparse.Namespace) -> int:
     SIGTERM (the run is saved: repeat the command with --resume), 1 after an error, which is
     printed.
     """
+    from gpt2fast.training.distributed import launched
     from gpt2fast.training.trainer import TrainingError
 
     try:
         return _run(args)
     except (ValueError, OSError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        process = f"process {os.environ['RANK']}: " if launched() else ""
+        print(f"error: {process}{error}", file=sys.stderr)
         return 1
 
 
@@ -152,48 +173,54 @@ def _run(args: argparse.Namespace) -> int:
 
     from gpt2fast.cli import pick_device
     from gpt2fast.training.data import find_files, load_tokens
-    from gpt2fast.training.state import checkpoint_files
-    from gpt2fast.training.trainer import Settings, Trainer
+    from gpt2fast.training.distributed import own_device, start_workers
+    from gpt2fast.training.settings import Settings
+    from gpt2fast.training.state import checkpoint_folders
+    from gpt2fast.training.trainer import Trainer
 
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     out = Path(args.out)
-    if checkpoint_files(out / "checkpoints") and not args.resume:
+    if checkpoint_folders(out / "checkpoints") and not args.resume:
         raise ValueError(f"{out} holds a run already: add --resume, or choose another --out")
 
-    device = pick_device(args.device)
+    device = own_device(pick_device(args.device))
     cache = Path(args.cache_dir).expanduser()
     train = load_tokens(find_files(args.data), cache)
     valid = load_tokens(find_files(args.valid), cache) if args.valid else None
     torch.manual_seed(args.seed)
     model = _build_model(args).to(device)
-    trainer = Trainer(
-        model,
-        train,
-        valid,
-        out,
-        settings,
-        data_id=Path(str(train.filename)).stem,
-        log_every=args.log_every,
-        valid_every=args.valid_every,
-        save_every=args.save_every,
-        valid_tokens=args.valid_tokens,
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    print(
-        f"{model.num_parameters():,} parameters on {device}, {len(train):,} training tokens"
-        + (f", {len(valid):,} validation tokens" if valid is not None else ""),
-        flush=True,
-    )
-    if args.resume and trainer.resume():
-        print(f"resumed at step {trainer.step}, {trainer.elapsed / 60:.1f} min", flush=True)
-    else:
-        trainer.log_path.unlink(missing_ok=True)
-    if number := trainer.run():
-        print(f"stopped at step {trainer.step}: saved, go on with --resume", flush=True)
-        return 128 + number
-    _finish(args, trainer)
+    with start_workers(args.parallel, device) as workers:
+        trainer = Trainer(
+            model,
+            train,
+            valid,
+            out,
+            settings,
+            data_id=Path(str(train.filename)).stem,
+            log_every=args.log_every,
+            valid_every=args.valid_every,
+            save_every=args.save_every,
+            valid_tokens=args.valid_tokens,
+            compile=args.compile,
+            workers=workers,
+        )
+        reports = trainer.reports
+        reports.say(
+            f"{model.num_parameters():,} parameters on {device.type}"
+            + (f", {workers.count} processes ({workers.parallel})" if workers.count > 1 else "")
+            + f", {len(train):,} training tokens"
+            + (f", {len(valid):,} validation tokens" if valid is not None else "")
+        )
+        if args.resume and trainer.resume():
+            reports.say(f"resumed at step {trainer.step}, {trainer.elapsed / 60:.1f} min")
+        else:
+            reports.start()
+        if number := trainer.run():
+            reports.say(f"stopped at step {trainer.step}: saved, go on with --resume")
+            return 128 + number
+        _finish(args, trainer)
     return 0
 
 
@@ -216,14 +243,14 @@ def _build_model(args: argparse.Namespace) -> "GPT2LMHeadModel":
     return GPT2LMHeadModel(GPT2Config(**fields, **dropout))
 
 
-def _finish(args: argparse.Namespace, trainer: Any) -> None:
+def _finish(args: argparse.Namespace, trainer: "Trainer") -> None:
     """Export the model, score it on all validation tokens, and write the summary and the plot."""
     import torch
 
     from gpt2fast.training.baselines import bigram_nats, unigram_nats
     from gpt2fast.training.plot import plot_loss
 
-    model, valid, out = trainer.model, trainer.valid, trainer.folder
+    model, valid, out, reports = trainer.model, trainer.valid, trainer.folder, trainer.reports
     summary: dict[str, Any] = {
         "steps": trainer.step,
         "tokens": trainer.tokens,
@@ -234,20 +261,26 @@ def _finish(args: argparse.Namespace, trainer: Any) -> None:
     }
     # Scored as exported: rounded to the dtype that goes on disk, computed in float32.
     storage_dtype = getattr(torch, args.export_dtype)
-    model.to(storage_dtype).float()
-    model.save_pretrained(out, storage_dtype=storage_dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(storage_dtype))
+    full = trainer.full_parameters()
+    if reports.active:
+        model.save_pretrained(out, storage_dtype=storage_dtype, state_dict=full)
     if valid is not None:
         summary["validation_tokens"] = len(valid)
         for row_tokens in sorted({args.row_tokens, model.config.n_positions}):
             loss = trainer.evaluate(row_tokens)
             summary[f"validation_loss_rows_of_{row_tokens}"] = round(loss, 4)
-            print(f"validation loss {loss:.4f}, rows of {row_tokens} tokens", flush=True)
-        if args.baselines:
-            for name, score in (("unigram", unigram_nats), ("bigram", bigram_nats)):
-                loss = score(trainer.order.tokens, valid, model.config.vocab_size)
-                summary[f"validation_loss_{name}"] = round(loss, 4)
-                print(f"validation loss {loss:.4f}, {name} baseline", flush=True)
+            reports.say(f"validation loss {loss:.4f}, rows of {row_tokens} tokens")
+    if not reports.active:
+        return
+    if valid is not None and args.baselines:
+        for name, score in (("unigram", unigram_nats), ("bigram", bigram_nats)):
+            loss = score(trainer.order.tokens, valid, model.config.vocab_size)
+            summary[f"validation_loss_{name}"] = round(loss, 4)
+            reports.say(f"validation loss {loss:.4f}, {name} baseline")
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    if not plot_loss(trainer.log_path, out / "loss.png", summary):
-        print("no loss plot: matplotlib is not installed", flush=True)
-    print(f"model in {out}", flush=True)
+    if not plot_loss(reports.path, out / "loss.png", summary):
+        reports.say("no loss plot: matplotlib is not installed")
+    reports.say(f"model in {out}")

@@ -5,6 +5,7 @@ followed by that token. The ids are kept as uint16 in a cache file named by the 
 were made from, so a second run starts at once and an edited text is tokenized again.
 """
 
+import contextlib
 import glob
 import hashlib
 import lzma
@@ -79,18 +80,40 @@ def load_tokens(files: Sequence[Path], cache_dir: Path, tokenizer: Any = None) -
                 digest.update(chunk)
     cached = cache_dir / f"{digest.hexdigest()[:32]}.bin"
     if not cached.is_file():
-        if tokenizer is None:
-            from gpt2fast.tokenizer import GPT2Tokenizer
-
-            tokenizer = GPT2Tokenizer()
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with replacing(cached) as partial, partial.open("wb") as file:
-            for path in files:
-                for ids in _token_ids(path, tokenizer):
-                    file.write(ids.tobytes())
+        with _lock(cache_dir):
+            if not cached.is_file():  # no other process was faster
+                _write_tokens(files, cached, tokenizer)
     if cached.stat().st_size < 2:
         raise ValueError(f"no text in {', '.join(map(str, files))}")
     return np.memmap(cached, dtype=np.uint16, mode="r")
+
+
+def _write_tokens(files: Sequence[Path], cached: Path, tokenizer: Any) -> None:
+    if tokenizer is None:
+        from gpt2fast.tokenizer import GPT2Tokenizer
+
+        tokenizer = GPT2Tokenizer()
+    with replacing(cached) as partial, partial.open("wb") as file:
+        for path in files:
+            for ids in _token_ids(path, tokenizer):
+                file.write(ids.tobytes())
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time in, where the system can: the others need not do its work again."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)  # gives the lock back
 
 
 class BlockOrder:

@@ -1,136 +1,43 @@
 """The training loop: AdamW, warm-up and cosine decay, clipping, accumulation, exact resumption."""
 
 import contextlib
-import json
 import math
-import signal
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from gpt2fast.files import replacing
 from gpt2fast.model import GPT2LMHeadModel
 from gpt2fast.training.data import BlockOrder
-from gpt2fast.training.sampled_head import VocabularySampler, sampled_head_loss
+from gpt2fast.training.distributed import Workers, whole
+from gpt2fast.training.loss import IGNORED, LanguageModelLoss
+from gpt2fast.training.reports import Reports
+from gpt2fast.training.sampled_head import VocabularySampler
+from gpt2fast.training.settings import Settings, derived_seed, parameter_groups
+from gpt2fast.training.signals import STOP_SIGNALS, stop_signals
+from gpt2fast.training.speed import flops_per_token, matmul_rate
 from gpt2fast.training.state import load_newest_checkpoint, save_checkpoint
+
+# What the random numbers of a step are for: no two purposes share a seed.
+_FOR_VOCABULARY, _FOR_DROPOUT = 0, 1
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; what was saved before stays as it is."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What determines a run, besides the model and the data. Lengths are in tokens.
-
-    A step takes ``batch_tokens`` tokens in ``accumulate`` equal parts: blocks of ``n_positions``
-    tokens, cut into rows of ``row_tokens``. Progress goes from 0 to 1: the larger of step /
-    ``steps`` and elapsed time / ``minutes`` (a resumed run keeps the time it had used). The rate
-    warms up linearly over ``warmup`` steps, and follows a cosine in progress down to 0. From
-    progress ``long_from`` on rows are whole blocks. The softmax is over the whole vocabulary, or,
-    where ``sampled_head`` is not 0, over a sample of about that many tokens a step until progress
-    ``whole_from``.
-    """
-
-    batch_tokens: int = 2048
-    accumulate: int = 1
-    row_tokens: int = 256
-    steps: int | None = None
-    minutes: float | None = None
-    lr: float = 3e-3
-    warmup: int = 300
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    long_from: float = 0.85
-    sampled_head: int = 0
-    whole_from: float = 0.95
-    seed: int = 0
-    dtype: str = "float32"
-
-    def check(self, n_positions: int) -> None:
-        """Raise ValueError where the settings cannot be met with blocks of ``n_positions``."""
-        if self.steps is None and self.minutes is None:
-            raise ValueError("give the run a length: --steps, --max-minutes, or both")
-        for name in ("steps", "minutes", "lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be in [0, 2**31), got {self.seed}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0 steps, got {self.warmup}")
-        if self.row_tokens < 2 or n_positions % self.row_tokens:
-            raise ValueError(
-                f"rows of {self.row_tokens} tokens do not divide n_positions = {n_positions}"
-            )
-        if self.accumulate < 1 or self.batch_tokens % (n_positions * self.accumulate):
-            raise ValueError(
-                f"batch_tokens = {self.batch_tokens} is not a multiple of "
-                f"n_positions x accumulate = {n_positions} x {self.accumulate}"
-            )
-        for name in ("long_from", "whole_from"):
-            if not 0 <= (fraction := getattr(self, name)) <= 1:
-                raise ValueError(f"{name} is a fraction of the run, 0 to 1, got {fraction}")
-
-    def progress(self, step: int, elapsed: float) -> float:
-        """How much of the run lies behind, from 0 to 1; ``elapsed`` in seconds."""
-        by_step = step / self.steps if self.steps else 0.0
-        by_time = elapsed / (60 * self.minutes) if self.minutes else 0.0
-        return min(1.0, max(by_step, by_time))
-
-    def learning_rate(self, step: int, progress: float) -> float:
-        """Warm-up times cosine (Loshchilov and Hutter 2017, equation 5, with no restart)."""
-        return (
-            self.lr
-            * min(1.0, (step + 1) / (self.warmup + 1))
-            * (0.5 + 0.5 * math.cos(math.pi * progress))
-        )
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay, biases and LayerNorm weights do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list; a second one of the same kind acts as usual."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for stopped_by, handler in previous.items():
-            signal.signal(stopped_by, handler)
-
-
 class Trainer:
-    """Trains a GPT2LMHeadModel in place.
+    """Trains a GPT2LMHeadModel in place, together with the ``workers`` of the run.
 
     ``train`` and ``valid`` are uint16 token streams. ``folder`` receives ``checkpoints/`` and
     ``log.jsonl``. ``data_id`` names the training data: resuming with another is an error.
+    ``compile`` runs the layers through torch.compile. With FSDP the model's parameters are
+    DTensors from here on: ``full_parameters`` gathers them.
     """
 
     def __init__(
@@ -145,9 +52,12 @@ class Trainer:
         valid_every: int = 500,
         save_every: int = 500,
         valid_tokens: int = 32768,
+        compile: bool = False,
+        workers: Workers | None = None,
     ) -> None:
         config = model.config
-        settings.check(config.n_positions)
+        self.workers = workers = Workers() if workers is None else workers
+        settings.check(config.n_positions, workers.count)
         self.model, self.valid, self.folder, self.settings = model, valid, folder, settings
         self.data_id, self.valid_tokens = data_id, valid_tokens
         self.log_every, self.valid_every, self.save_every = log_every, valid_every, save_every
@@ -166,99 +76,143 @@ class Trainer:
         if settings.sampled_head:
             counts = torch.from_numpy(np.bincount(train, minlength=config.vocab_size))
             self.sampler = VocabularySampler(counts, settings.sampled_head)
+        self.device = model.device
+        self._compiled = compile
+        if compile:
+            # Not the modules: their hooks, by which FSDP gathers parameters, stay outside. A graph
+            # serves all layers, one for each length of row.
+            for block in model.transformer.h:
+                block.forward = torch.compile(block.forward, dynamic=False)
+        loss = LanguageModelLoss(model, getattr(torch, settings.dtype))
+        self.loss = workers.share(loss, model.transformer.h)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, settings.weight_decay),
             lr=settings.lr,
             betas=(settings.beta1, settings.beta2),
             fused=True,
         )
+        # As AdamW would at the first step, so that a checkpoint always finds its place.
+        for parameter in model.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
         self.step, self.cursor, self.elapsed = 0, 0, 0.0
-        self.log_path = folder / "log.jsonl"
+        self.reports = Reports(folder, active=workers.rank == 0)
+        self._losses: list[float] = []  # of the steps since the last report
+        self._step_seconds: list[float] = []
+        self._saved_step: int | None = None
 
     @property
     def tokens(self) -> int:
         """Training tokens seen."""
         return self.cursor * self.order.block_size
 
+    def full_parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters on the CPU, gathered by all processes together; empty but on rank 0."""
+        gathered = {}
+        for name, parameter in self.model.named_parameters():
+            tensor = whole(parameter)
+            if self.workers.rank == 0:
+                gathered[name] = tensor.cpu()
+        return gathered
+
     def resume(self) -> bool:
-        """Continue from the newest checkpoint in the folder; False where there is none."""
-        state = load_newest_checkpoint(self.folder / "checkpoints")
-        if state is None:
+        """Continue from the newest checkpoint in the folder; False where there is none.
+
+        Raises ValueError where it is of other data, another seed or another model.
+        """
+        run = load_newest_checkpoint(
+            self.folder / "checkpoints", self._tensors(), self._check_resumable, self.workers
+        )
+        if run is None:
             return False
-        # With other data or another seed the order of the data would silently change.
-        for name, was, now in (
-            ("data", state["data"], self.data_id),
-            ("seed", state["settings"]["seed"], self.settings.seed),
-        ):
-            if was != now:
-                raise ValueError(f"cannot resume: {name} was {was!r}, now it is {now!r}")
-        for name, tensor in self.model.state_dict().items():
-            theirs = list(state["model"][name].shape) if name in state["model"] else "absent"
-            if theirs != list(tensor.shape):
-                raise ValueError(
-                    f"cannot resume: {name} was {theirs}, now it is {list(tensor.shape)}"
-                )
-        self.model.load_state_dict(state["model"])
-        # The optimizer's settings may have changed: keep ours, where loading would bring theirs.
-        groups = [dict(group) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, ours in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(betas=ours["betas"], weight_decay=ours["weight_decay"])
-        torch.set_rng_state(state["rng"])
-        if self.model.device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.model.device)
-        self.step, self.cursor, self.elapsed = state["step"], state["cursor"], state["elapsed"]
-        self._drop_log_after(self.step)
+        self.step, self.cursor, self.elapsed = run["step"], run["cursor"], run["elapsed"]
+        self._losses = run["losses"]
+        self._saved_step = self.step
+        self.reports.drop_after(self.step)
         return True
 
-    def save(self) -> Path:
-        """Write a checkpoint of everything that the next steps depend on."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
+    def save(self) -> None:
+        """Write a checkpoint of everything that the next steps depend on, if there is none yet."""
+        if self._saved_step == self.step:
+            return
+        run = {
             "step": self.step,
             "cursor": self.cursor,
             "elapsed": self.elapsed,
-            "settings": asdict(self.settings),
+            "losses": self._losses,
             "data": self.data_id,
+            "settings": asdict(self.settings),
+            "shapes": self._shapes(),
         }
-        if self.model.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.model.device)
-        return save_checkpoint(self.folder / "checkpoints", self.step, state)
+        save_checkpoint(self.folder / "checkpoints", self.step, self._tensors(), run, self.workers)
+        self._saved_step = self.step
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(p.shape) for name, p in self.model.named_parameters()}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and optimizer state by name: what a checkpoint is written from and read into.
+
+        The optimizer's settings are not among them: a resumed run has those it is given.
+        """
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors
+
+    def _check_resumable(self, run: dict[str, Any]) -> None:
+        # With other data or another seed the order of the data would silently change.
+        for name, was, now in (
+            ("data", run["data"], self.data_id),
+            ("seed", run["settings"]["seed"], self.settings.seed),
+            *self._shape_pairs(run["shapes"]),
+        ):
+            if was != now:
+                raise ValueError(f"cannot resume: {name} was {was!r}, now it is {now!r}")
+
+    def _shape_pairs(self, theirs: dict[str, list[int]]) -> Iterator[tuple[str, Any, Any]]:
+        ours = self._shapes()
+        for name in sorted(ours.keys() | theirs.keys()):
+            yield name, theirs.get(name, "absent"), ours.get(name, "absent")
 
     def run(self) -> int:
-        """Train to the end of the schedule, or until SIGINT or SIGTERM, and save.
+        """Train to the end of the schedule, or until a process gets SIGINT or SIGTERM, and save.
 
         Returns 0, or the number of the signal. Raises TrainingError on a loss or a gradient that
         is not finite, before it reaches the weights.
         """
+        self._measure_peak()
         started = time.monotonic() - self.elapsed
-        self.log_path.touch()
-        self._window: list[float] = []
-        self._window_start = time.monotonic()
-        bar = tqdm(
-            desc="train",
-            unit="step",
-            initial=self.step,
-            total=self.settings.steps,
-            disable=not sys.stderr.isatty(),
-        )
-        with bar, _stop_signals() as signals:
+        with (
+            self.reports.bar(self.step, self.settings.steps) as advance,
+            stop_signals(insist=self.workers.count == 1) as signals,
+        ):
             while (progress := self.settings.progress(self.step, self.elapsed)) < 1:
-                self._window.append(self._train_step(progress))
-                self.elapsed = time.monotonic() - started
-                bar.update()
+                before = time.monotonic()
+                self._losses.append(self._train_step(progress))
+                now = time.monotonic()
+                self._step_seconds.append(now - before)
+                # All processes go by the first one's clock and stop at the same step.
+                self.elapsed, *stops = self.workers.sum(
+                    now - started if self.workers.rank == 0 else 0.0,
+                    *(float(number in signals) for number in STOP_SIGNALS),
+                )
+                advance()
                 if self.step % self.log_every == 0:
-                    self._report(progress, bar)
+                    self._report(progress)
                 if self.valid is not None and self.step % self.valid_every == 0:
-                    self._validate(progress, bar)
-                if signals or self.step % self.save_every == 0:
+                    self._validate(progress)
+                if any(stops) or self.step % self.save_every == 0:
                     self.save()
-                if signals:
-                    return signals[0]
-            if self._window:
-                self._report(1.0, bar)
+                if any(stops):
+                    return next(int(n) for n, stop in zip(STOP_SIGNALS, stops, strict=True) if stop)
+            if self._losses:
+                self._report(1.0)
         self.save()
         return 0
 
@@ -267,58 +221,77 @@ class Trainer:
 
         Windows of ``row_tokens`` that share one token with the next, so that every token but the
         first is predicted once; with ``max_tokens``, that many tokens' worth of windows, evenly
-        spaced.
+        spaced. The processes share them out.
         """
         if self.valid is None:
             raise ValueError("no validation tokens were given")
         starts = np.arange(0, len(self.valid) - 1, row_tokens - 1)
         if max_tokens is not None and (count := max(1, max_tokens // row_tokens)) < len(starts):
             starts = starts[np.linspace(0, len(starts) - 2, count).astype(int)]
-        was_training = self.model.training
-        self.model.eval()
+        settings, workers = self.settings, self.workers
+        rows = max(1, settings.batch_tokens // settings.accumulate // workers.count // row_tokens)
         total, predicted = 0.0, 0
-        with torch.no_grad():
-            for start in starts:
-                ids = torch.from_numpy(self.valid[start : start + row_tokens].astype(np.int64))
-                ids = ids[None].to(self.model.device)
-                loss = self.model(ids, labels=ids, use_cache=False).loss
-                total += loss.item() * (ids.size(1) - 1)
-                predicted += ids.size(1) - 1
-        self.model.train(was_training)
-        return total / predicted
+        self.loss.eval()
+        with torch.no_grad(), self._uncompiled():
+            # With FSDP all processes must take part in every forward pass, some with nothing.
+            for first in range(0, len(starts), rows * workers.count):
+                first += workers.rank * rows
+                ids = torch.zeros(rows, row_tokens, dtype=torch.int64)
+                labels = torch.full_like(ids, IGNORED)
+                for row, start in enumerate(starts[first : first + rows]):
+                    window = self.valid[start : start + row_tokens].astype(np.int64)
+                    ids[row, : len(window)] = labels[row, : len(window)] = torch.from_numpy(window)
+                    predicted += len(window) - 1
+                total += self.loss(ids.to(self.device), labels=labels.to(self.device)).item()
+        workers.release(self.loss)
+        self.loss.train()
+        total, all_predicted = workers.sum(total, predicted)
+        return total / all_predicted
 
-    def _autocast(self) -> torch.autocast:
-        dtype = getattr(torch, self.settings.dtype)
-        return torch.autocast(
-            self.model.device.type, dtype=dtype, enabled=dtype is not torch.float32
-        )
+    def _uncompiled(self) -> contextlib.AbstractContextManager[None]:
+        """Around evaluations, which are too few to compile for."""
+        if not self._compiled:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
     def _row_tokens(self, progress: float) -> int:
         if progress >= self.settings.long_from:
             return self.model.config.n_positions
         return self.settings.row_tokens
 
+    def _samples_head(self, progress: float) -> bool:
+        return self.sampler is not None and progress < self.settings.whole_from
+
     def _train_step(self, progress: float) -> float:
-        settings, model = self.settings, self.model
+        """One step of the optimizer; returns the loss, the mean over all processes."""
+        settings, workers = self.settings, self.workers
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate(self.step, progress)
         sample: tuple[torch.Tensor, torch.Tensor] | None = None
-        if self.sampler is not None and progress < settings.whole_from:
-            # Keyed by the step, so that a resumed run draws the same.
-            generator = torch.Generator().manual_seed((settings.seed << 32) + self.step)
+        if self.sampler is not None and self._samples_head(progress):
+            # Keyed by the step, so that a resumed run, and every process, draws the same.
+            generator = torch.Generator()
+            generator.manual_seed(derived_seed(settings.seed, _FOR_VOCABULARY, self.step))
             ids, log_inclusion = self.sampler.draw(generator)
-            sample = ids.to(model.device), log_inclusion.to(model.device)
-        blocks = settings.batch_tokens // model.config.n_positions // settings.accumulate
-        model.train()
+            sample = ids.to(self.device), log_inclusion.to(self.device)
+        parts = settings.accumulate * workers.count
+        blocks = settings.batch_tokens // self.model.config.n_positions // parts
+        self.loss.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for _ in range(settings.accumulate):
-            rows = self.order.blocks(self.cursor, blocks).view(-1, self._row_tokens(progress))
-            self.cursor += blocks
-            loss = self._loss(rows.to(model.device), sample) / settings.accumulate
-            loss.backward()
+        # A step is cut into the same parts whether one process takes them in turn or several at
+        # once, and the noise in a part follows from its place in the data.
+        for number in range(settings.accumulate):
+            start = self.cursor + (number * workers.count + workers.rank) * blocks
+            torch.manual_seed(derived_seed(settings.seed, _FOR_DROPOUT, start))
+            rows = self.order.blocks(start, blocks).view(-1, self._row_tokens(progress))
+            with workers.part(self.loss, last=number == settings.accumulate - 1):
+                loss = self.loss(rows.to(self.device), sample=sample) / settings.accumulate
+                loss.backward()
             total += loss.item()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        self.cursor += blocks * parts
+        (total,) = workers.sum(total / workers.count)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip))
         if not (math.isfinite(total) and torch.isfinite(norm)):
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {total}, the gradient's norm {norm.item()}; "
@@ -329,68 +302,49 @@ class Trainer:
         self.step += 1
         return total
 
-    def _loss(
-        self, rows: torch.Tensor, sample: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> torch.Tensor:
-        """Mean cross-entropy of ``rows``, int64 ``[B, T]``: T - 1 predictions a row."""
-        batch, length = rows.shape
-        # Rows keep their positions in the block, so that every position is trained throughout.
-        positions = torch.arange(self.model.config.n_positions, device=rows.device)
-        positions = positions.view(-1, length).repeat(batch * length // len(positions), 1)
-        with self._autocast():
-            if sample is None:
-                return self.model(rows, labels=rows, position_ids=positions, use_cache=False).loss
-            hidden = self.model.transformer(rows, position_ids=positions, use_cache=False)[0]
-        hidden = hidden[:, :-1].flatten(0, 1)
-        return sampled_head_loss(
-            hidden.float(),
-            self.model.lm_head.weight,
-            rows[:, 1:].flatten(),
-            *sample,
-            dtype=getattr(torch, self.settings.dtype),
+    def _measure_peak(self) -> None:
+        self.workers.sum(0.0)  # all at once, as they will train
+        dtype = getattr(torch, self.settings.dtype)
+        (self._peak,) = self.workers.sum(matmul_rate(self.device, dtype))
+        self.reports.say(
+            f"MFU is of {self._peak / 1e12:.3g} TFLOP/s, measured now: matrix products in "
+            f"{self.settings.dtype}"
         )
 
-    def _report(self, progress: float, bar: tqdm) -> None:
-        """Print and log the mean loss and the speed since the last report."""
-        now = time.monotonic()
-        loss = sum(self._window) / len(self._window)
-        speed = len(self._window) * self.settings.batch_tokens / (now - self._window_start)
-        self._window, self._window_start = [], now
+    def _report(self, progress: float) -> None:
+        """Print and log the mean loss and the speed of the steps since the last report."""
+        loss = sum(self._losses) / len(self._losses)
+        seconds = sum(self._step_seconds)
+        speed = len(self._step_seconds) * self.settings.batch_tokens / seconds if seconds else 0.0
+        self._losses, self._step_seconds = [], []
+        vocabulary = self.model.config.vocab_size
+        if self._samples_head(progress):
+            vocabulary = self.settings.sampled_head
+        flops = flops_per_token(self.model, self._row_tokens(progress), vocabulary)
+        mfu = flops * speed / self._peak
         rate = self.optimizer.param_groups[0]["lr"]
         left = self.elapsed * (1 - progress) / progress if progress else math.inf
-        text = (
+        self.reports.say(
             f"step {self.step}  {100 * progress:.1f}%  loss {loss:.4f}  "
-            f"{speed:,.0f} tokens/s  lr {rate:.2e}  "
+            f"{speed:,.0f} tokens/s  MFU {100 * mfu:.1f}%  lr {rate:.2e}  "
             f"elapsed {self.elapsed / 60:.1f} min  left {left / 60:.1f} min"
         )
-        bar.write(text) if not bar.disable else print(text, flush=True)
-        self._log(loss=loss, lr=rate, tokens_per_second=round(speed), progress=round(progress, 6))
+        self._log(
+            loss=loss,
+            lr=rate,
+            tokens_per_second=round(speed),
+            mfu=round(mfu, 4),
+            progress=round(progress, 6),
+        )
 
-    def _validate(self, progress: float, bar: tqdm) -> None:
+    def _validate(self, progress: float) -> None:
         row_tokens = self._row_tokens(progress)
         loss = self.evaluate(row_tokens, self.valid_tokens)
-        text = f"step {self.step}  validation loss {loss:.4f} (rows of {row_tokens} tokens)"
-        bar.write(text) if not bar.disable else print(text, flush=True)
+        self.reports.say(
+            f"step {self.step}  validation loss {loss:.4f} (rows of {row_tokens} tokens)"
+        )
         self._log(valid_loss=loss, valid_row_tokens=row_tokens)
 
     def _log(self, **values: Any) -> None:
-        record = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "minutes": round(self.elapsed / 60, 3),
-            **values,
-        }
-        with self.log_path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def _drop_log_after(self, step: int) -> None:
-        """Forget what was logged after the checkpoint: those steps are taken again."""
-        if not self.log_path.is_file():
-            return
-        kept = []
-        for line in self.log_path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        with replacing(self.log_path) as partial:
-            partial.write_text("".join(kept))
+        minutes = round(self.elapsed / 60, 3)
+        self.reports.log(step=self.step, tokens=self.tokens, minutes=minutes, **values)

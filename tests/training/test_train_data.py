@@ -1,4 +1,8 @@
 import lzma
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -52,6 +56,26 @@ def test_the_cache_is_used_until_the_text_changes(tmp_path):
     assert load_tokens([path], cache, tokenizer).tolist() == [97, 98, 100, END_OF_TEXT]
     assert tokenizer.calls == 2
     assert not [path for path in cache.iterdir() if path.suffix != ".bin"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks folders, which POSIX allows")
+def test_of_several_at_once_one_tokenizes(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    tokenizer, encoding = _CountingTokenizer(), threading.Event()
+    encode = tokenizer.encode
+
+    def slow_encode(text: str) -> list[int]:
+        encoding.set()
+        time.sleep(0.2)
+        return encode(text)
+
+    tokenizer.encode = slow_encode
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(load_tokens, [tmp_path / "a.txt"], tmp_path / "cache", tokenizer)
+        assert encoding.wait(60)
+        second = pool.submit(load_tokens, [tmp_path / "a.txt"], tmp_path / "cache", tokenizer)
+        assert first.result().tolist() == second.result().tolist() == [97, 98, 99, END_OF_TEXT]
+    assert tokenizer.calls == 1
 
 
 def test_bad_data_is_named(tmp_path):

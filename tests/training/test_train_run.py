@@ -7,41 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast import GPT2Config, GPT2LMHeadModel
-from gpt2fast.training.state import checkpoint_files, load_newest_checkpoint
-from gpt2fast.training.trainer import Settings, Trainer, TrainingError
-
-SETTINGS = Settings(
-    batch_tokens=128,
-    row_tokens=16,
-    steps=60,
-    lr=1e-2,
-    warmup=5,
-    beta2=0.98,
-    long_from=0.8,
-    sampled_head=24,
-    whole_from=0.9,
-)
-
-
-def _tokens(length=4000, seed=0):
-    """A Markov chain on 64 tokens: after one token come two others, equally likely: ln 2 nats."""
-    rng = np.random.default_rng(seed)
-    successors = np.random.default_rng(99).permutation(64)
-    tokens = [0]
-    for bit in rng.integers(2, size=length - 1):
-        tokens.append((successors[tokens[-1]] + bit) % 64)
-    return np.array(tokens, dtype=np.uint16)
-
-
-def _trainer(folder, settings=SETTINGS, dropout=0.1, **options):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    pdrop = {"resid_pdrop": dropout, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **pdrop))
-    folder.mkdir(exist_ok=True)
-    options = {"log_every": 10, "valid_every": 20, "save_every": 7, **options}
-    return Trainer(model, _tokens(), _tokens(500, 1), folder, settings, data_id="chain", **options)
+from gpt2fast.training.state import checkpoint_folders
+from gpt2fast.training.trainer import Trainer, TrainingError
+from tests.training.chain import SETTINGS, chain_tokens, chain_trainer
 
 
 def _weights(trainer):
@@ -53,7 +21,7 @@ def _log(folder):
 
 
 def test_it_learns_the_chain(tmp_path, capsys):
-    trainer = _trainer(tmp_path, replace(SETTINGS, steps=300))
+    trainer = chain_trainer(tmp_path, replace(SETTINGS, steps=300))
     before = trainer.evaluate(32)
     assert before > 4
     assert trainer.run() == 0
@@ -69,7 +37,7 @@ def test_it_learns_the_chain(tmp_path, capsys):
 
 
 def test_validation_predicts_every_token_but_the_first_once(tmp_path):
-    trainer = _trainer(tmp_path)
+    trainer = chain_trainer(tmp_path)
     trainer.model.eval()
     ids = torch.from_numpy(trainer.valid.astype(np.int64))
     total = 0.0
@@ -85,7 +53,7 @@ def test_accumulation_changes_nothing_but_the_memory(tmp_path):
     settings = replace(SETTINGS, sampled_head=0, clip=1e9)
     losses, gradients = [], []
     for parts in (1, 4):
-        trainer = _trainer(tmp_path, replace(settings, accumulate=parts), dropout=0.0)
+        trainer = chain_trainer(tmp_path, replace(settings, accumulate=parts), dropout=0.0)
         losses.append(trainer._train_step(0.5))
         gradients.append({name: p.grad for name, p in trainer.model.named_parameters()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
@@ -94,7 +62,7 @@ def test_accumulation_changes_nothing_but_the_memory(tmp_path):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
-    whole = _trainer(tmp_path / "whole")
+    whole = chain_trainer(tmp_path / "whole")
     whole.run()
 
     class Stop(Exception):
@@ -112,12 +80,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
         with pytest.raises(Stop):
             trainer.run()
 
-    run_until(_trainer(tmp_path / "cut"), 17)  # the last checkpoint is of step 14
-    second = _trainer(tmp_path / "cut")
+    run_until(chain_trainer(tmp_path / "cut"), 17)  # the last checkpoint is of step 14
+    second = chain_trainer(tmp_path / "cut")
     assert second.resume()
     assert second.step == 14
     run_until(second, 53)
-    last = _trainer(tmp_path / "cut")
+    last = chain_trainer(tmp_path / "cut")
     assert last.resume()
     assert last.step == 49
     last.run()
@@ -128,39 +96,67 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
-    _trainer(tmp_path).run()
-    newest = checkpoint_files(tmp_path / "checkpoints")
-    assert [path.name for path in newest] == ["step-00000056.pt", "step-00000060.pt"]
-    newest[1].write_bytes(newest[1].read_bytes()[:-100])
-    with pytest.warns(UserWarning, match=r"cannot read .*60\.pt"):
-        assert load_newest_checkpoint(tmp_path / "checkpoints")["step"] == 56
-    newest[0].write_bytes(b"")
+    trained = chain_trainer(tmp_path)
+    trained.run()
+    older, newest = checkpoint_folders(tmp_path / "checkpoints")
+    assert (older.name, newest.name) == ("step-00000056", "step-00000060")
+    (shard,) = newest.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    trainer = chain_trainer(tmp_path)
+    with pytest.warns(UserWarning, match=r"cannot read .*60, .* bytes, it had"):
+        assert trainer.resume()
+    assert trainer.step == 56
+    assert trainer.run() == 0  # and writes the damaged one anew
+    for name, expected in _weights(trained).items():
+        assert torch.equal(_weights(trainer)[name], expected), name
+
+    (shard,) = newest.glob("*.safetensors")
+    shard.write_bytes(b"\xff" * shard.stat().st_size)  # full length, and no safetensors
+    (older / "run.json").write_text("{")
     with (
         pytest.warns(UserWarning, match="cannot read"),
         pytest.raises(ValueError, match="none of the checkpoints"),
     ):
-        load_newest_checkpoint(tmp_path / "checkpoints")
+        chain_trainer(tmp_path).resume()
+
+
+def test_a_save_that_was_cut_short_is_no_checkpoint(tmp_path, monkeypatch):
+    trainer = chain_trainer(tmp_path)
+    trainer.save()
+    trainer.step = 5
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.save()
+    checkpoints = tmp_path / "checkpoints"
+    assert [path.name for path in checkpoint_folders(checkpoints)] == ["step-00000000"]
+    trainer.save()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000000", "step-00000005"]
 
 
 def test_resuming_something_else_is_refused(tmp_path):
-    _trainer(tmp_path, replace(SETTINGS, steps=2)).run()
+    chain_trainer(tmp_path, replace(SETTINGS, steps=2)).run()
     with pytest.raises(ValueError, match="seed was 0, now it is 1"):
-        _trainer(tmp_path, replace(SETTINGS, seed=1)).resume()
-    trainer = _trainer(tmp_path)
+        chain_trainer(tmp_path, replace(SETTINGS, seed=1)).resume()
+    trainer = chain_trainer(tmp_path)
     trainer.data_id = "other"
     with pytest.raises(ValueError, match="data was 'chain', now it is 'other'"):
         trainer.resume()
-    trainer = _trainer(tmp_path)
+    trainer = chain_trainer(tmp_path)
     trainer.model.transformer.wpe = torch.nn.Embedding(16, 32)
     with pytest.raises(ValueError, match=r"wpe.weight was \[32, 32\], now it is \[16, 32\]"):
         trainer.resume()
 
 
 def test_time_used_survives_a_resume(tmp_path):
-    trainer = _trainer(tmp_path, replace(SETTINGS, steps=None, minutes=1e6))
+    trainer = chain_trainer(tmp_path, replace(SETTINGS, steps=None, minutes=1e6))
     trainer.elapsed = 3600.0
     trainer.save()
-    resumed = _trainer(tmp_path, replace(SETTINGS, steps=None, minutes=60))
+    resumed = chain_trainer(tmp_path, replace(SETTINGS, steps=None, minutes=60))
     assert resumed.resume()
     assert resumed.run() == 0
     assert (resumed.step, resumed.elapsed) == (0, 3600.0)
@@ -168,26 +164,25 @@ def test_time_used_survives_a_resume(tmp_path):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nan_stops_before_it_reaches_the_weights(tmp_path, where):
-    trainer = _trainer(tmp_path)
-    compute_loss = trainer._loss
+    trainer = chain_trainer(tmp_path)
 
     def poison(value):
         return value * float("nan") if trainer.step == 20 else value
 
     if where == "loss":
-        trainer._loss = lambda rows, sample: poison(compute_loss(rows, sample))
+        trainer.loss.register_forward_hook(lambda module, arguments, loss: poison(loss))
     else:
         trainer.model.transformer.wpe.weight.register_hook(poison)
     shown = "the loss is nan" if where == "loss" else "the gradient's norm nan"
     with pytest.raises(TrainingError, match=f"step 21: .*{shown}.*learning rate"):
         trainer.run()
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    assert load_newest_checkpoint(tmp_path / "checkpoints")["step"] == 14
+    assert checkpoint_folders(tmp_path / "checkpoints")[-1].name == "step-00000014"
 
 
 def test_unusable_data(tmp_path):
-    trainer = _trainer(tmp_path)
+    trainer = chain_trainer(tmp_path)
     with pytest.raises(ValueError, match="training data holds token 64, vocab_size is 64"):
-        Trainer(trainer.model, _tokens() + 1, None, tmp_path, SETTINGS, data_id="x")
+        Trainer(trainer.model, chain_tokens() + 1, None, tmp_path, SETTINGS, data_id="x")
     with pytest.raises(ValueError, match="validation needs at least two tokens, got 1"):
-        Trainer(trainer.model, _tokens(), _tokens(1), tmp_path, SETTINGS, data_id="x")
+        Trainer(trainer.model, chain_tokens(), chain_tokens(1), tmp_path, SETTINGS, data_id="x")

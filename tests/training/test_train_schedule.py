@@ -1,9 +1,12 @@
 import math
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2fast import GPT2Config, GPT2LMHeadModel
-from gpt2fast.training.trainer import Settings, parameter_groups
+from gpt2fast.training.settings import Settings, derived_seed, parameter_groups
+from gpt2fast.training.speed import flops_per_token
 
 
 def test_progress_is_the_further_of_steps_and_time():
@@ -37,7 +40,7 @@ def test_warm_up_and_cosine():
         ({"warmup": -1}, "warmup must be at least 0 steps, got -1"),
         ({"row_tokens": 48}, "rows of 48 tokens do not divide n_positions = 64"),
         ({"batch_tokens": 96}, "batch_tokens = 96 is not a multiple"),
-        ({"accumulate": 3}, "64 x 3"),
+        ({"accumulate": 3}, "64 x 3 x 1"),
         ({"long_from": 1.5}, "long_from.*1.5"),
         ({"whole_from": -0.1}, "whole_from.*-0.1"),
     ],
@@ -46,6 +49,32 @@ def test_impossible_settings(changes, message):
     fields = {"steps": 10, "row_tokens": 32, "batch_tokens": 128, **changes}
     with pytest.raises(ValueError, match=message):
         Settings(**fields).check(n_positions=64)
+
+
+def test_processes_share_a_step_evenly():
+    Settings(steps=1, batch_tokens=128, row_tokens=32).check(n_positions=64, processes=2)
+    with pytest.raises(ValueError, match=r"128 is not a multiple of .* processes = 64 x 1 x 4"):
+        Settings(steps=1, batch_tokens=128, row_tokens=32).check(n_positions=64, processes=4)
+
+
+def test_seeds_differ_in_the_bits_that_the_cpu_generator_reads():
+    keys = [(seed, purpose, step) for seed in range(8) for purpose in (0, 1) for step in range(64)]
+    assert len({derived_seed(*key) % 2**32 for key in keys}) == len(keys)
+    assert derived_seed(1, 2, 3) == derived_seed(1, 2, 3)
+
+
+def test_the_arithmetic_of_a_token():
+    sizes = {"vocab_size": 32, "n_positions": 8, "n_embd": 16, "n_layer": 3, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    ids = torch.randint(32, (5, 8))
+    with FlopCounterMode(display=False) as counter:
+        model(ids).logits.sum().backward()
+    # It counts the whole square of attention scores: 2 products of 2 FLOPs, forward and twice
+    # backward. A causal model needs half.
+    attention = 3 * (2 * 2 * 3 * 8 * 16)
+    ours = flops_per_token(model, row_tokens=8, vocabulary=32)
+    assert ours == counter.get_total_flops() / ids.numel() - attention / 2
+    assert flops_per_token(model, 8, vocabulary=20) == ours - 6 * 12 * 16
 
 
 def test_only_matrices_decay():
