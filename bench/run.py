@@ -41,7 +41,7 @@ def benchmark(name: str, most: float, record: bool) -> bool:
     if record:
         environment["GPT2FAST_BENCH_RECORD"] = "1"
     file = f"bench/bench_{name}.py"
-    command = [sys.executable, "-m", "pytest", file, "-q", "-s", "--benchmark-disable"]
+    command = [sys.executable, "-m", "pytest", file, "-q", "-s", "--benchmark-skip"]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
 
