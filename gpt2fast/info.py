@@ -39,6 +39,7 @@ def collect() -> dict[str, Any]:
         "ops": {op: "Triton" if kernel and own else "PyTorch" for op, kernel in OPS.items()},
         "why": why,
         "engine": _engine("cuda" if devices else "cpu"),
+        "int8": _int8(),
         "checkpoints": {"bundled": _bundled(), **_cached()},
     }
 
@@ -66,6 +67,7 @@ def report(facts: dict[str, Any]) -> str:
         *(f"ops by {name}: {', '.join(ops)}" for name, ops in ops_of.items()),
         f"why: {facts['why']}",
         f"decode engine of generate: {facts['engine']}",
+        f"int8 on the CPU: {facts['int8'] or 'no op of this PyTorch: dequantised at every call'}",
         "checkpoints:",
         *(f"  {name}: {path or 'not there'}" for name, path in facts["checkpoints"].items()),
     ]
@@ -145,6 +147,14 @@ def _engine(kind: str) -> str:
         return f"none ({why_not}): the model's forward pass, token by token"
     runner = "our kernels in CUDA graphs" if kind == "cuda" else "PyTorch's operators"
     return f"{runner}, for models without hooks, adapters or dropout"
+
+
+def _int8() -> str | None:
+    """The ops that int8 weights are multiplied by on the CPU, as a short measurement chooses."""
+    from gpt2fast.kernels.quantized import int8_choice
+
+    choice = int8_choice()
+    return None if choice is None else str(choice)
 
 
 def _bundled() -> str | None:
