@@ -217,7 +217,8 @@ class GPT2Tokenizer(TokenizerBase):
             a single text flat, but tensors always are ``[texts, tokens]``, int64.
 
         Raises:
-            ValueError: padding without a pad token, tensors of texts of different lengths.
+            ValueError: padding without a pad token, tensors of texts of different lengths,
+                truncation to a length that is no multiple of ``pad_to_multiple_of``.
         """
         one = isinstance(text, str)
         texts = [_check_text(item) for item in ([text] if one else text)]
@@ -305,7 +306,8 @@ class GPT2Tokenizer(TokenizerBase):
         if truncation is None:
             truncation = max_length is not None and not pads
         limit = self.model_max_length if max_length is None else max_length
-        if truncation not in (False, "do_not_truncate"):
+        cuts = truncation not in (False, "do_not_truncate")
+        if cuts:
             for name, values in rows.items():
                 rows[name] = [truncate(row, limit, self.truncation_side) for row in values]
         lengths = [len(row) for row in rows["input_ids"]]
@@ -327,6 +329,11 @@ class GPT2Tokenizer(TokenizerBase):
                     raise ValueError("padding='max_length' needs max_length, found None")
                 length = limit
             if pad_to_multiple_of:
+                if cuts and limit < NO_LIMIT and limit % pad_to_multiple_of:
+                    raise ValueError(
+                        f"truncated to {limit} tokens rows cannot be padded to a multiple of "
+                        f"{pad_to_multiple_of}; max_length must be one"
+                    )
                 length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
             side = check_side("padding_side", padding_side or self.padding_side)
             rows = pad_rows(rows, self.pad_token_id, length, side)

@@ -140,6 +140,14 @@ def test_wrong_arguments_are_named(padding) -> None:
         _ = ours("a").token_type_ids
 
 
+def test_rows_cut_to_no_multiple_cannot_be_padded_to_one(padding) -> None:
+    for tokenizer in padding:
+        options = {"truncation": True, "max_length": 12, "pad_to_multiple_of": 8}
+        assert len(tokenizer("a", padding=False, **options)["input_ids"]) == 1
+        with pytest.raises(ValueError, match="12"):
+            tokenizer("a", padding=True, **options)
+
+
 def test_length_warning_and_truncation_to_the_models_length(caplog) -> None:
     tokenizer = GPT2Tokenizer(model_max_length=3)
     assert tokenizer.max_len == 3
