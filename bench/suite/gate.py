@@ -47,6 +47,16 @@ def with_gradients(inputs: Inputs) -> Inputs:
     return Inputs(tuple(t.detach().requires_grad_() for t in inputs.leaves), inputs.others)
 
 
+def distance(value: Tensor, exact: Tensor) -> float:
+    """``|value - exact| / |exact|``, infinite where the value is not finite or of another shape."""
+    if value.shape != exact.shape:
+        return float("inf")
+    value, exact = value.detach().double(), exact.detach().to(value.device).double()
+    if not bool(torch.isfinite(value).all()):
+        return float("inf")
+    return float((value - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
 class Gate:
     """What is right for one case, and how far from it plain PyTorch ends in the same dtype."""
 

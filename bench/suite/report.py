@@ -63,7 +63,7 @@ def _row(case: dict[str, Any], direction: str, times: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-_HEAD = (
+op_head = (
     "| case | direction | device us | host us | rate | of limit | error | peers' time over ours |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- |"
 )
@@ -79,7 +79,7 @@ def op_rows(cases: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _limit_lines(limits: dict[str, Any]) -> list[str]:
+def limit_lines(limits: dict[str, Any]) -> list[str]:
     products = ", ".join(
         f"{name} {rate['p50'] / 1e12:.1f}" for name, rate in limits["matmul_flop_per_s"].items()
     )
@@ -117,7 +117,7 @@ def summary(record: dict[str, Any]) -> str:
         )
         lines.append(f"{name}: {part['status']}{f' ({detail})' if detail else ''}")
     if "limits" in parts.get("limits", {}):
-        lines += _limit_lines(parts["limits"]["limits"])
+        lines += limit_lines(parts["limits"]["limits"])
         lines += probe_lines(parts["limits"].get("probes", {}))
     failures = [f"FAILED {failure[:400]}" for failure in record["failures"]]
     if len(failures) > 10:
@@ -128,7 +128,7 @@ def summary(record: dict[str, Any]) -> str:
     for head, rows in (
         (decode_report.HEAD, decode_report.rows(parts.get("decode", {}).get("cases", []))),
         (step_report.HEAD, step_report.rows(steps)),
-        (_HEAD, op_rows(parts.get("ops", {}).get("cases", []))),
+        (op_head, op_rows(parts.get("ops", {}).get("cases", []))),
     ):
         table = _table(head, rows, room)
         room -= sum(len(line) + 1 for line in table)

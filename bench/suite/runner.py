@@ -43,13 +43,10 @@ class Contender:
     def __init__(self, provider: Provider, inputs: Inputs, dry_run: bool) -> None:
         self.context = provider.context
         self._run = provider.run
-        if provider.compile_mode is not None:
+        if provider.compile_mode is not None and not dry_run:
             # Compiled code may overwrite what it saved, unless it is told that passes repeat.
             functorch_config.donated_buffer = False
-            options: dict[str, Any] = {"mode": provider.compile_mode}
-            if dry_run:
-                options = {"backend": "eager"}
-            self._run = torch.compile(provider.run, dynamic=False, **options)
+            self._run = torch.compile(provider.run, dynamic=False, mode=provider.compile_mode)
         self._inputs, self._leaves = inputs, with_gradients(inputs)
         self.report: dict[str, Any] = {}
 

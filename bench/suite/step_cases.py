@@ -4,7 +4,7 @@ One table serves the GPU suite and the benchmarks on a CPU. A case names its con
 to the first, which is ours.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gpt2fast.config import PRESETS, GPT2Config
@@ -39,6 +39,7 @@ class StepCase:
         contenders: the first is the one of ours that the others are compared with.
         sizes: fields of the configuration; empty for the preset of that name.
         seconds: that it may take on an H100, everything included: it is not begun with less left.
+        rounds: on a CPU, how often each is timed.
     """
 
     part: str
@@ -51,6 +52,7 @@ class StepCase:
     sizes: tuple[tuple[str, int], ...] = ()
     new_tokens: int = 64
     seconds: float = 0.0
+    rounds: int = 3
 
     @property
     def name(self) -> str:
@@ -110,6 +112,35 @@ def _accelerate(kind: str, batch: int, length: int, compiled: bool, seconds: flo
     return StepCase(ACCELERATE, kind, "gpt2", batch, length, names, seconds=seconds)
 
 
+_CPU_STEP = (OURS, SDPA, TUNED, EAGER, ACCELERATED)
+_CPU_ITSELF = (ACCELERATED, f"{ACCELERATED} again", SDPA, EAGER)
+# part, kind, model, batch, length, contenders, other fields: what matters most comes first.
+_CPU: tuple[Any, ...] = (
+    (TRAINING, TRAINING, "gpt2", 1, 512, (*_CPU_STEP, f"{OURS} again"), {"rounds": 3}),
+    (TRAINING, TRAINING, "gpt2", 4, 512, (OURS, SDPA, TUNED), {"rounds": 2}),
+    (TRAINING, TRAINING, "gpt2", 1, 256, _CPU_STEP, {"rounds": 3}),
+    (TRAINING, TRAINING, "gpt2", 4, 256, (OURS, SDPA, TUNED), {"rounds": 2}),
+    (
+        *(SCORING, SCORING, "gpt2", 24, 512, (OURS, f"{OURS} again", SDPA, SORTED, TUNED)),
+        {"rounds": 3, "mixed": True},
+    ),
+    (SCORING, SCORING, "gpt2", 16, 1024, (OURS, SDPA), {"rounds": 1}),
+    (ACCELERATE, TRAINING, "gpt2", 1, 256, _CPU_ITSELF, {"rounds": 4}),
+    (ACCELERATE, PREFILL, "gpt2", 1, 512, _CPU_ITSELF, {"rounds": 5}),
+    (ACCELERATE, GENERATE, "gpt2", 1, 32, _CPU_ITSELF, {"rounds": 4, "new_tokens": 32}),
+    (ACCELERATE, PERPLEXITY, "gpt2", 1, 512, _CPU_ITSELF, {"rounds": 4}),
+)
+_CPU_COMPILED: tuple[Any, ...] = (
+    (TRAINING, TRAINING, "gpt2", 1, 256, (OURS, PLAIN_COMPILED, COMPILED, SDPA), {"rounds": 3}),
+    (ACCELERATE, TRAINING, "gpt2", 1, 256, (ACCELERATED, COMPILED, SDPA), {"rounds": 3}),
+)
+_CPU_QUICK: tuple[Any, ...] = (
+    (TRAINING, TRAINING, "gpt2", 1, 128, (OURS, SDPA), {"rounds": 2}),
+    (SCORING, SCORING, "gpt2", 8, 128, (OURS, SDPA), {"rounds": 2, "mixed": True}),
+    (ACCELERATE, TRAINING, "gpt2", 1, 128, (ACCELERATED, SDPA), {"rounds": 2}),
+)
+
+
 def step_cases(scale: str) -> list[StepCase]:
     """The cases of all parts in the order in which they are measured: first what nobody compiles,
     one of each part at least, then what takes a compiler's minutes, then the grids.
@@ -151,6 +182,30 @@ def step_cases(scale: str) -> list[StepCase]:
         StepCase(TRAINING, TRAINING, "gpt2", 4, 1024, _QUICK, seconds=8),
     ]
     return [*first, *compiled, *grid, *last]
+
+
+def cpu_cases(part: str, scale: str) -> list[StepCase]:
+    """Those of a benchmark on a CPU, in float32.
+
+    Args:
+        scale: "full"; "compiled", which takes a compiler's minutes; "quick"; or "tiny".
+    """
+    if scale == "tiny":
+        own = [case for case in _tiny() if case.part == part]
+        return [replace(case, contenders=_beside(case.contenders), rounds=1) for case in own]
+    rows = {"full": _CPU, "compiled": _CPU_COMPILED, "quick": _CPU_QUICK}[scale]
+    return [StepCase(*row[:6], **row[6]) for row in rows if row[0] == part]
+
+
+def _beside(contenders: tuple[str, ...]) -> tuple[str, ...]:
+    """With ours again and the base, and without those that compile."""
+    ours, *others = (name for name in contenders if name not in COMPILING)
+    return tuple(dict.fromkeys((ours, again(ours), *others, SDPA)))
+
+
+def again(name: str) -> str:
+    """The same contender once more: what differs is noise."""
+    return f"{name} again"
 
 
 def _tiny() -> list[StepCase]:

@@ -19,12 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.suite import step_cases as names
 from bench.suite.decode import shortfalls
-from bench.suite.gate import WrongAnswer, poisoned_memory
+from bench.suite.gate import WrongAnswer, distance, poisoned_memory
 from bench.suite.measure import Clock, Context, paired_ratios, peak_bytes, quantiles
 from bench.suite.plain import PlainGPT2
 from bench.suite.runner import SILENCE, Say, first_line
 from bench.suite.step_cases import StepCase
 from bench.suite.steps import (
+    EXACT,
     Answers,
     Step,
     Training,
@@ -37,20 +38,8 @@ from gpt2fast import kernels
 from tests.tolerances import BUDGET
 
 SILENCE_COMPILING = 150.0
-# Of float32: sums in another order, up to 48 layers deep.
-EXACT = 1e-4
 # How far losses may be apart after the same steps on the same data, relative.
 LOSS_APART = 0.02
-
-
-def distance(value: Tensor, exact: Tensor) -> float:
-    """``|value - exact| / |exact|``, infinite where the value is not finite or of another shape."""
-    if value.shape != exact.shape:
-        return float("inf")
-    value, exact = value.detach().double(), exact.detach().to(value.device).double()
-    if not bool(torch.isfinite(value).all()):
-        return float("inf")
-    return float((value - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
 class StepGate:

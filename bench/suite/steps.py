@@ -29,6 +29,8 @@ from bench.suite.step_cases import StepCase
 
 Answers = dict[str, Tensor]
 
+# How far answers in float32 may lie apart: sums in another order, up to 48 layers deep.
+EXACT = 1e-4
 _BATCHES = 4  # of ids, in rotation
 _ROWS = 16  # of texts that the loop over logits takes at a time
 
