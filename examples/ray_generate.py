@@ -1,8 +1,7 @@
 """Continue texts and score what came out, in two Ray actors.
 
     python examples/ray_generate.py
-    python examples/ray_generate.py --model gpt2-xl --actors 8 --gpus 1 --batch-size 256 \\
-        texts.jsonl out
+    python examples/ray_generate.py --model gpt2-xl --actors 8 --gpus 1 texts.jsonl out
 
 Needs the extra `ray`. Started on a cluster, it runs on all of it. The same row gets the same text,
 however many actors there are.
@@ -36,8 +35,7 @@ def main() -> None:
     parser.add_argument("out", nargs="?", help="a folder for the results; default: print them")
     parser.add_argument("--model", default="bundled", help="a preset, a folder or a Hub name")
     parser.add_argument("--actors", type=int, default=2)
-    # Where actors take all CPUs, nobody is left to read the file.
-    parser.add_argument("--cpus", type=float, default=0.5, help="of an actor")
+    parser.add_argument("--cpus", type=float, default=0.5, help="of an actor; leave one to read")
     parser.add_argument("--gpus", type=float, default=0)
     parser.add_argument("--batch-size", type=int, default=4, help="rows an actor gets at once")
     args = parser.parse_args()
