@@ -1,82 +1,35 @@
-"""The attention kernels where a plain call of the op would not reach: tiles, dropout, the cache."""
+"""The attention kernels where a plain call of the op would not reach: tiles, the cache."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from gpt2fast import kernels
-from gpt2fast.kernels._triton import (
-    attention_bwd,
-    attention_fwd,
-    attention_tiles,
-    target,
-)
+from gpt2fast.kernels._triton import attention_fwd, attention_tiles
 from gpt2fast.kernels._triton.attention_fwd import launch_attention_fwd
 from gpt2fast.kernels._triton.configs import AttentionConfig
 from tests.kernels import oracles
-from tests.kernels.devices import DEVICE, TRITON_DTYPES, triton_only
+from tests.kernels.attending import oracle, ours, tensors_of
+from tests.kernels.devices import DEVICE, triton_only
 from tests.kernels.oracles import compare
 from tests.tolerances import assert_close
 
 OPS = torch.ops.gpt2fast
 
 
-@pytest.fixture(params=[80, 90], ids=["pointers", "tile copies"])
-def chip(request: pytest.FixtureRequest) -> Iterator[int]:
-    with target.assume(target.CHIPS[request.param]):
-        yield request.param
-
-
-@pytest.fixture(params=[(80, 16, 32), (90, 32, 16)], ids=["pointers", "tile copies"])
-def small_tiles(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[AttentionConfig]:
-    """Many tiles for few tokens, and a last section of heads that is not full."""
-    chip, *tiles = request.param
-    config = AttentionConfig(*tiles, 4, 2)
-    monkeypatch.setattr(attention_fwd, "attention_fwd_config", lambda *_, **__: config)
-    monkeypatch.setattr(attention_bwd, "attention_bwd_configs", lambda *_, **__: (config, config))
-    for module in (attention_fwd, attention_bwd):
-        monkeypatch.setattr(module, "section_heads", lambda *_: 2)
-    with target.assume(target.CHIPS[chip]):
-        yield config
-
-
-def _tensors(
-    batch: int, heads: int, new: int, past: int, head_size: int, dtype: torch.dtype
-) -> list[Tensor]:
-    tensors = [torch.randn(batch, new, 3 * heads * head_size).to(dtype)]
-    if past:
-        tensors.append(torch.randn(2, batch, heads, past, head_size).to(dtype))
-    return tensors
-
-
-def _ours(heads: int, **options: Any) -> Any:
-    def call(qkv: Tensor, past: Tensor | None = None) -> Tensor:
-        return kernels.causal_attention(qkv, heads, past_kv=past, **options)
-
-    return call
-
-
-def _oracle(heads: int, **options: Any) -> Any:
-    return lambda *t: oracles.attention(t[0], heads, *t[1:], **options)[0]
-
-
 @triton_only
 @pytest.mark.parametrize(("new", "past", "head_size"), [(150, 0, 64), (20, 70, 72)])
 def test_tiles_of_the_table(backend: str, chip: int, new: int, past: int, head_size: int) -> None:
-    compare("attention", _ours(1), _oracle(1), _tensors(1, 1, new, past, head_size, torch.float16))
+    compare("attention", ours(1), oracle(1), tensors_of(1, 1, new, past, head_size, torch.float16))
 
 
 @triton_only
 @pytest.mark.parametrize("past", [0, 37])
 def test_small_tiles(backend: str, small_tiles: AttentionConfig, past: int) -> None:
-    tensors = _tensors(1, 3, 37, past, 16, torch.float16)
-    compare("attention", _ours(3, scale=0.4), _oracle(3, scale=0.4), tensors)
+    tensors = tensors_of(1, 3, 37, past, 16, torch.float16)
+    compare("attention", ours(3, scale=0.4), oracle(3, scale=0.4), tensors)
 
 
 @triton_only
@@ -90,9 +43,9 @@ def test_bounds_across_tiles(backend: str, small_tiles: AttentionConfig, past: i
     mask = (column >= first[:, None]) & (column < last[:, None])
     compare(
         "attention",
-        _ours(1, first_keys=first, lengths=last),
-        _oracle(1, mask=mask),
-        _tensors(5, 1, 71, past, 16, torch.float16),
+        ours(1, first_keys=first, lengths=last),
+        oracle(1, mask=mask),
+        tensors_of(5, 1, 71, past, 16, torch.float16),
     )
 
 
@@ -101,14 +54,14 @@ def test_key_mask_across_tiles(backend: str, small_tiles: AttentionConfig) -> No
     mask, first = torch.rand(2, 70) < 0.7, torch.tensor([20, 0], dtype=torch.int32)
     mask[1, :35] = False
     both = mask & (torch.arange(70) >= first[:, None])
-    tensors = _tensors(2, 1, 40, 30, 16, torch.float16)
-    compare("attention", _ours(1, mask=mask, first_keys=first), _oracle(1, mask=both), tensors)
+    tensors = tensors_of(2, 1, 40, 30, 16, torch.float16)
+    compare("attention", ours(1, mask=mask, first_keys=first), oracle(1, mask=both), tensors)
 
 
 @triton_only
 def test_rows_do_not_leak(backend: str, chip: int) -> None:
     """A tile may reach into the next row of the batch, or behind the past: NaN must not return."""
-    qkv, past = _tensors(2, 1, 70, 9, 16, torch.float16)
+    qkv, past = tensors_of(2, 1, 70, 9, 16, torch.float16)
     expected = kernels.causal_attention(qkv, 1, past_kv=past)
     qkv[1] = float("nan")
     room = torch.full((2, 2, 1, 80, 16), float("nan"), dtype=past.dtype)
@@ -116,96 +69,6 @@ def test_rows_do_not_leak(backend: str, chip: int) -> None:
     assert torch.equal(kernels.causal_attention(qkv, 1, past_kv=past)[0], expected[0])
     out, _ = launch_attention_fwd(qkv, 1, scale=0.25, past=room, start=9)
     assert torch.equal(out[0], expected[0])
-
-
-class TestDropout:
-    @staticmethod
-    def _kept(batch: int, heads: int, new: int, past: int, p: float, seed: int) -> Tensor:
-        """Which weights the kernel keeps, ``[B, H, T, S]``: equal scores, and values one-hot."""
-        keys = past + new
-        head_size = 64 if keys <= 64 else 128
-        one_hot = torch.eye(keys, head_size)
-        qkv = torch.zeros(batch, new, 3, heads, head_size)
-        qkv[:, :, 2] = one_hot[past:, None]
-        past_kv = torch.zeros(2, batch, heads, past, head_size)
-        past_kv[1] = one_hot[:past]
-        torch.manual_seed(seed)
-        out = kernels.causal_attention(
-            qkv.flatten(2), heads, past_kv=past_kv if past else None, dropout_p=p
-        )
-        weights = out.unflatten(-1, (heads, head_size)).transpose(1, 2)[..., :keys]
-        kept = weights > 0
-        seen = oracles.allowed_keys(new, keys)
-        factor = 2**16 / (2**16 - round(p * 2**16))
-        expected = kept * factor / seen.sum(-1, keepdim=True)
-        assert torch.allclose(weights, expected, rtol=1e-5)
-        return kept
-
-    @triton_only
-    @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
-    @pytest.mark.parametrize("past", [0, 21])
-    def test_exactly(
-        self, backend: str, small_tiles: AttentionConfig, past: int, dtype: torch.dtype
-    ) -> None:
-        """Forward and backward with the mask read off the kernel, in float64."""
-        kept = self._kept(1, 2, 40, past, 0.3, seed=5)
-        scaled = kept * 2**16 / (2**16 - round(0.3 * 2**16))
-
-        def ours(*t: Tensor) -> Tensor:
-            torch.manual_seed(5)
-            return _ours(2, dropout_p=0.3)(*t)
-
-        compare(
-            "attention",
-            ours,
-            lambda *t: oracles.attention(t[0], 2, *t[1:], head_mask=scaled.to(t[0].dtype))[0],
-            _tensors(1, 2, 40, past, 16, dtype),
-        )
-
-    @triton_only
-    def test_mask_is_one_of_position_not_of_tiles(
-        self, backend: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        masks = []
-        for tiles in ((16, 16), (64, 32), (32, 64)):
-            config = AttentionConfig(*tiles, 4, 2)
-            monkeypatch.setattr(attention_fwd, "attention_fwd_config", lambda *_, c=config, **__: c)
-            masks.append(self._kept(1, 1, 60, 30, 0.4, seed=1))
-        assert torch.equal(masks[0], masks[1])
-        assert torch.equal(masks[0], masks[2])
-
-    @triton_only
-    def test_draws_are_independent(self, backend: str) -> None:
-        """Rate and correlations of Bernoulli draws, all within five standard errors."""
-        p = 0.25
-        kept = torch.cat([self._kept(2, 2, 64, 0, p, seed) for seed in (1, 2)])
-        seen = torch.ones(64, 64, dtype=torch.bool).tril()
-        draws = kept[..., seen].double()
-        assert abs(float(draws.mean()) - (1 - p)) < 5 * (p * (1 - p) / draws.numel()) ** 0.5
-        flat = draws.flatten(0, 1)  # of every seed, batch row and head
-        correlation = torch.corrcoef(flat) - torch.eye(len(flat), device=flat.device)
-        assert correlation.abs().max() < 5 / flat.shape[1] ** 0.5
-        kept = kept.double() - (1 - p)
-        for rows, columns in ((1, 0), (0, 1), (8, 0), (0, 8), (8, 8), (16, 0), (0, 2), (1, 1)):
-            here, there = kept[..., rows:, columns:], kept[..., : 64 - rows, : 64 - columns]
-            both = seen[rows:, columns:] & seen[: 64 - rows, : 64 - columns]
-            products = (here * there)[..., both]
-            assert abs(float(products.mean())) < 5 * p * (1 - p) / products.numel() ** 0.5
-
-    @triton_only
-    def test_checkpointing_replays_the_mask(self, backend: str) -> None:
-        qkv = torch.randn(1, 9, 48)
-
-        def grad(recompute: bool) -> Tensor:
-            leaf = qkv.clone().requires_grad_()
-            torch.manual_seed(3)
-            call = _ours(2, dropout_p=0.5)
-            out = checkpoint(call, leaf, use_reentrant=False) if recompute else call(leaf)
-            torch.rand(3)  # the generator moves on before backward
-            (gradient,) = torch.autograd.grad(out.square().sum(), leaf)
-            return gradient
-
-        assert torch.equal(grad(True), grad(False))
 
 
 @triton_only
@@ -217,7 +80,7 @@ class TestCache:
     def test_writes_its_keys_and_nothing_else(
         self, backend: str, small_tiles: AttentionConfig, start: int, on_device: bool
     ) -> None:
-        qkv, past = _tensors(2, 2, 40, start + 45, 16, torch.float16)
+        qkv, past = tensors_of(2, 2, 40, start + 45, 16, torch.float16)
         starts = torch.tensor([start, max(start - 9, 0)], dtype=torch.int32)
         used = starts.tolist() if on_device else [start, start]
         cache = past.clone()
@@ -246,7 +109,7 @@ class TestCache:
             assert_close("attention", "forward", out[row : row + 1], exact, plain)
 
     def test_cache_of_another_dtype(self, backend: str, chip: int) -> None:
-        qkv, past = _tensors(1, 2, 20, 50, 16, torch.float16)
+        qkv, past = tensors_of(1, 2, 20, 50, 16, torch.float16)
         cache = past.float()
         out, _ = launch_attention_fwd(qkv, 2, scale=0.25, past=cache, start=30, write_cache=True)
         context = past[:, :, :, :30]
@@ -258,7 +121,7 @@ class TestCache:
 def test_strides(backend: str, chip: int) -> None:
     """A projection within a wider one; a past in another order, expanded, and cut from a cache."""
     qkv = torch.randn(2, 20, 2, 96)[:, :, 1]
-    compare("attention", _ours(2), _oracle(2), [qkv])
+    compare("attention", ours(2), oracle(2), [qkv])
     cache = torch.randn(2, 2, 2, 30, 16)
     for past in (
         cache[:, :, :, 3:24],
@@ -274,22 +137,22 @@ def test_strides(backend: str, chip: int) -> None:
 @triton_only
 @pytest.mark.parametrize("wanted", [0, 1], ids=["only qkv", "only past"])
 def test_gradient_of_one_input(backend: str, wanted: int) -> None:
-    tensors = _tensors(2, 2, 5, 7, 8, torch.float32)
+    tensors = tensors_of(2, 2, 5, 7, 8, torch.float32)
     tensors[wanted].requires_grad_()
-    out = _ours(2)(*tensors)
+    out = ours(2)(*tensors)
     (got,) = torch.autograd.grad(out.sum(), tensors[wanted])  # an expanded upstream gradient
     exact = [t.detach().double() for t in tensors]
     exact[wanted].requires_grad_()
-    (expected,) = torch.autograd.grad(_oracle(2)(*exact).sum(), exact[wanted])
+    (expected,) = torch.autograd.grad(oracle(2)(*exact).sum(), exact[wanted])
     assert_close("attention", "backward", got, expected)
     with torch.no_grad():
-        assert torch.equal(_ours(2)(*tensors), out)
+        assert torch.equal(ours(2)(*tensors), out)
 
 
 @triton_only
 def test_one_derivative_only(backend: str) -> None:
     leaf = torch.randn(1, 4, 48, requires_grad=True)
-    out = _ours(2)(leaf)
+    out = ours(2)(leaf)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(out.sum(), leaf, create_graph=True)
 
@@ -313,19 +176,19 @@ def test_pytorch_serves_the_rest(backend: str, kind: str, monkeypatch: pytest.Mo
 
 @triton_only
 def test_autocast(backend: str) -> None:
-    tensors = _tensors(2, 2, 9, 5, 16, torch.float32)
+    tensors = tensors_of(2, 2, 9, 5, 16, torch.float32)
     leaves = [t.clone().requires_grad_() for t in tensors]
     with torch.autocast(DEVICE, torch.float16):
-        out = _ours(2)(*leaves)
+        out = ours(2)(*leaves)
     assert out.dtype == torch.float16
-    assert torch.equal(out, _ours(2)(*(t.half() for t in tensors)))
+    assert torch.equal(out, ours(2)(*(t.half() for t in tensors)))
     grads = torch.autograd.grad(out.sum(), leaves)
     assert [g.dtype for g in grads] == [torch.float32] * 2
 
 
 @triton_only
 def test_compiles_as_one_graph(backend: str) -> None:
-    tensors = _tensors(2, 1, 4, 5, 8, torch.float32)
+    tensors = tensors_of(2, 1, 4, 5, 8, torch.float32)
     first = torch.tensor([0, 3], dtype=torch.int32)
 
     def run(call: Any) -> tuple[Tensor, ...]:
@@ -334,7 +197,7 @@ def test_compiles_as_one_graph(backend: str) -> None:
         out = call(*leaves)
         return out, *torch.autograd.grad(out.square().sum(), leaves)
 
-    call = _ours(1, dropout_p=0.3, first_keys=first)
+    call = ours(1, dropout_p=0.3, first_keys=first)
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for got, expected in zip(run(compiled), run(call), strict=True):
@@ -344,7 +207,7 @@ def test_compiles_as_one_graph(backend: str) -> None:
 @triton_only
 @pytest.mark.parametrize("past", [0, 5])
 def test_opcheck(backend: str, past: int) -> None:
-    qkv, *rest = _tensors(1, 2, 3, past, 8, torch.float32)
+    qkv, *rest = tensors_of(1, 2, 3, past, 8, torch.float32)
     past_kv = rest[0] if rest else None
     seed, first = torch.tensor([7]), torch.tensor([1], dtype=torch.int32)
     arguments = (qkv, 2, past_kv, torch.rand(1, 3 + past) < 0.8, first, None, seed, 0.3, 0.2)
@@ -392,8 +255,8 @@ GPU_SIZES = [(heads, length) for heads in (12, 16, 20, 25) for length in (1, 17,
 
 def _check_model_size(heads: int, length: int, head_size: int, dtype: torch.dtype) -> None:
     """Training, then a chunk behind a past with padding on both sides."""
-    tensors = _tensors(2, heads, length, 0, head_size, dtype)
-    compare("attention", _ours(heads), _oracle(heads), tensors)
+    tensors = tensors_of(2, heads, length, 0, head_size, dtype)
+    compare("attention", ours(heads), oracle(heads), tensors)
     past = length // 2 + 1
     first = torch.tensor([0, past - 1], dtype=torch.int32)
     last = torch.tensor([past + length, past + length // 3], dtype=torch.int32)
@@ -401,9 +264,9 @@ def _check_model_size(heads: int, length: int, head_size: int, dtype: torch.dtyp
     mask = (column >= first[:, None]) & (column < last[:, None])
     compare(
         "attention",
-        _ours(heads, first_keys=first, lengths=last),
-        _oracle(heads, mask=mask),
-        _tensors(2, heads, length, past, head_size, dtype),
+        ours(heads, first_keys=first, lengths=last),
+        oracle(heads, mask=mask),
+        tensors_of(2, heads, length, past, head_size, dtype),
     )
 
 
@@ -436,7 +299,7 @@ def _check_far_rows(
     qkv = torch.randn(1, length, 3 * width).to(dtype).expand(batch, -1, -1).contiguous()
     upstream = torch.randn(1, length, width).to(dtype).expand(batch, -1, -1).contiguous()
     leaf, last = qkv.requires_grad_(), qkv[-1:].detach().clone().requires_grad_()
-    out, alone = _ours(heads)(leaf), _ours(heads)(last)
+    out, alone = ours(heads)(leaf), ours(heads)(last)
     assert torch.equal(out[-1:], alone)
     (grad,) = torch.autograd.grad(out, leaf, upstream)
     (grad_alone,) = torch.autograd.grad(alone, last, upstream[-1:])
