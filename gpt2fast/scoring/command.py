@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-tokens",
         type=positive,
         metavar="N",
-        help="tokens that are evaluated at once (default: 2048, on a GPU 16384)",
+        help="tokens that are evaluated at once (default: 512, on a GPU 16384)",
     )
     machine.add_argument("--device", help="default: cuda where there is one, else cpu")
     machine.add_argument(

@@ -49,9 +49,8 @@ class ScoredModel:
 
     def check_mode(self) -> None:
         """Raise a ValueError if dropout would make scores random."""
-        modules = list(self._model.modules())
-        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
-        if drops and any(module.training for module in modules):
+        drops = (module for module in self._model.modules() if isinstance(module, nn.Dropout))
+        if any(module.training and module.p > 0 for module in drops):
             raise ValueError("the model is in training mode, with dropout: call model.eval()")
 
     def fingerprint(self) -> str:
@@ -152,7 +151,13 @@ def _on_our_kernels(model: nn.Module) -> nn.Module:
     tensors = model.state_dict()
     if len({(t.dtype, t.device) for t in tensors.values()}) != 1:
         return model
+    try:
+        config = as_config(model.config)
+    except ValueError:  # an option that this package does not have
+        return model
     with torch.device("meta"):
-        ours = GPT2LMHeadModel(as_config(model.config))
+        ours = GPT2LMHeadModel(config)
+    if ours.state_dict().keys() != tensors.keys():
+        return model
     ours.load_state_dict(tensors, assign=True)
     return ours.eval().requires_grad_(False)

@@ -120,7 +120,8 @@ class SavedResults(Results):
             then, now = settings.get(name), self._settings.get(name)
             if then != now:
                 raise ValueError(
-                    f"{path} was begun with {name} {then!r}, now it is {now!r}: choose another --out"
+                    f"{path} was begun with {name} {then!r}, now it is {now!r}: "
+                    "choose another --out"
                 )
         size = path.stat().st_size if path.exists() else 0
         if size < self._size:
