@@ -19,6 +19,7 @@ registers (``_triton/lm_head_tiles.py``), and so store no logits at all.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2fast.kernels import torch_ops
@@ -90,8 +91,15 @@ def _losses_torch(
     labels = labels.where(kept, 0)
     factor = kept.float()
     losses = hidden.new_empty(len(labels), dtype=torch.float32)
+    chunks = row_chunks(len(labels), weight.shape[0])
+    if not (needs_hidden or needs_weight):
+        for rows in chunks:
+            logits = (hidden[rows] @ weight.t()).float()
+            losses[rows] = F.cross_entropy(logits, labels[rows], reduction="none")
+            del logits  # before the next ones are made
+        return losses.where(kept, 0), None, None
     gradients = _Gradients(hidden, weight, needs_hidden, needs_weight)
-    for rows in row_chunks(len(labels), weight.shape[0]):
+    for rows in chunks:
         probabilities, losses[rows] = _probabilities(hidden[rows] @ weight.t(), labels[rows])
         gradients.add(rows, probabilities, labels[rows], factor[rows])
     return losses.where(kept, 0), *gradients.result()

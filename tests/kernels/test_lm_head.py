@@ -6,6 +6,7 @@ from torch import Tensor
 
 import gpt2fast.kernels.lm_head as lm_head
 from gpt2fast import kernels
+from gpt2fast.kernels import torch_ops
 from gpt2fast.kernels._triton import configs
 from tests.kernels import oracles
 from tests.kernels.devices import (
@@ -263,6 +264,23 @@ def test_without_gradients(reduction: str, backend: str, dtype: torch.dtype) -> 
         losses = kernels.lm_head_loss(*tensors, labels, reduction=reduction)
     assert losses.dtype == torch.float32
     assert_close("lm_head_loss", "forward", losses, truth, plain, dtype)
+
+
+def test_slow_16_bit_products_are_made_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_ops, "multiplies_fast", lambda *_: False)
+    tensors, labels = loss_inputs(20, 8, 11, torch.bfloat16)
+    results = []
+    for inputs in (tensors, [t.float() for t in tensors]):
+        leaves = [t.requires_grad_() for t in inputs]
+        for reduction in REDUCTIONS:
+            with torch.no_grad():
+                results.append([kernels.lm_head_loss(*leaves, labels, reduction=reduction)])
+            loss = kernels.lm_head_loss(*leaves, labels, reduction=reduction)
+            grads = torch.autograd.grad(loss.sum(), leaves)
+            assert {grad.dtype for grad in grads} == {leaves[0].dtype}
+            results[-1] += [loss, *(grad.bfloat16() for grad in grads)]
+    for ours, exact in zip(results[:3], results[3:], strict=True):
+        assert all(map(torch.equal, ours, exact))
 
 
 @backends
