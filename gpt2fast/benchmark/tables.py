@@ -5,7 +5,8 @@ from typing import Any
 from gpt2fast.benchmark.table import AGAIN
 
 Cases = list[dict[str, Any]]
-_MODELS = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+# Preset -> its usual name.
+MODELS = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 
 
 _LAST = {"p50": float("inf")}
@@ -21,12 +22,18 @@ def column(case: dict[str, Any]) -> str:
     """The name of a case's column: its own, or what tells it from the others."""
     if "name" in case:
         return str(case["name"])
-    model = _MODELS.get(case["model"], case["model"])
+    model = MODELS.get(case["model"], case["model"])
+    if "kind" in case:  # of steps of whole models
+        return f"{model} {case['kind']}, {_load_of(case)}"
     if "new" in case:
         return f"{model}, {case['prompt']} + {case['new'] - 1}"
     if "batch" in case:
         return f"{model}, {case['batch']} x {case['prompt']}"
     return str(model)
+
+
+def _load_of(case: dict[str, Any]) -> str:
+    return str(case.get("workload") or f"{case['batch']} x {case['length']}")
 
 
 def by_contender(cases: Cases) -> dict[str, dict[str, dict[str, Any]]]:
@@ -58,6 +65,19 @@ def times_table(cases: Cases, fastest_first: bool = False) -> str:
     if fastest_first:
         names.sort(key=lambda name: contenders[name].get(columns[0], {}).get("p", _LAST)["p50"])
     rows = [[name, *(_cell(contenders[name].get(key)) for key in columns)] for name in names]
+    return markdown(["", *columns], [row for row in rows if any(row[1:])])
+
+
+def steps_table(cases: Cases) -> str:
+    """`times_table`, with the largest memory of each contender in megabytes."""
+    columns = list(dict.fromkeys(column(case) for case in cases if "contenders" in case))
+    rows = []
+    for name, reports in by_contender(cases).items():
+        cells = []
+        for report in (reports.get(key, {}) for key in columns):
+            peak = f", {report['peak_bytes'] / 1e6:.0f} MB" if report.get("peak_bytes") else ""
+            cells.append(f"{_cell(report)}{peak}" if "p" in report else _cell(report))
+        rows.append([name, *cells])
     return markdown(["", *columns], [row for row in rows if any(row[1:])])
 
 

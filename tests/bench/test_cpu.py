@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt2fast.benchmark import contest, loading, models, table
+from gpt2fast.benchmark import cases, contest, loading, models, table
 from gpt2fast.benchmark.contest import DecodeCase, PrefillCase
 from gpt2fast.benchmark.ours import agreement
 from gpt2fast.benchmark.processes import Failed, Process
+from gpt2fast.benchmark.progress import Progress
 from gpt2fast.benchmark.record import Record, rounded
 from gpt2fast.benchmark.worker import Worker
 
 NEW, CHUNK = 10, 4
+LIMITS = {"read_bytes_per_s": 1e10, "matmul_flop_per_s": 1e11}
 
 
 class InThread(Process):
@@ -33,7 +35,7 @@ class InThread(Process):
             with os.fdopen(source) as theirs, os.fdopen(sink, "w") as ours:
                 clock = getattr(contender, "clock", time.perf_counter)
                 worker = Worker(contender, 1, theirs, ours, clock)
-                worker.limits = lambda: {"read_bytes_per_s": 1e10}  # type: ignore[method-assign]
+                worker.limits = lambda: LIMITS  # type: ignore[method-assign]
                 worker.serve()
 
         self._thread = threading.Thread(target=serve)
@@ -117,7 +119,7 @@ def test_ratios_are_of_turns_and_the_noise_is_known() -> None:
         (Fake(error="generate"), "not measured", "RuntimeError: out of memory"),
         (Fake(logits=0.1), "wrong", "logits differ"),
         (Fake(logits=float("nan")), "wrong", "logits differ"),
-        (Fake(token=8), "wrong", "new token 0 is 8, transformers' 7"),
+        (Fake(token=8), "wrong", "new token 0 is 8, that of transformers SDPA 7"),
     ],
 )
 def test_whoever_fails_or_is_wrong_has_no_times(rival: Fake, kind: str, reason: str) -> None:
@@ -137,9 +139,34 @@ def test_fewer_bits_may_choose_other_tokens_within_reason() -> None:
     assert "wrong" in broken["contenders"]["CTranslate2 int8"]
 
 
-def test_without_the_reference_nothing_is_measured() -> None:
+def test_without_transformers_the_next_in_float32_is_the_reference() -> None:
+    fakes = {"CTranslate2 int8": Fake(), "ours": Fake(0.02), "CTranslate2": Fake(0.01, token=8)}
+    record = decoded(base=Fake(error="load"), **fakes)
+    assert record["base"] == table.OURS
+    assert record["contenders"][table.OURS]["times_base"]["p50"] == 1
+    assert record["contenders"][table.BASE]["not measured"].startswith("not installed: ")
+    assert "nothing to hold it against" in record["contenders"]["CTranslate2 int8"]["not measured"]
+    assert f"that of {table.OURS} 7" in record["contenders"]["CTranslate2"]["wrong"]
     with pytest.raises(Failed, match="No module named 'rival'"):
-        decoded(base=Fake(error="load"), ours=Fake())
+        decoded(base=Fake(error="load"), **{"CTranslate2 int8": Fake()})
+
+
+def test_a_noisy_machine_says_so_and_widens_every_bound() -> None:
+    still = decoded(base=Fake(0.02), ours=Fake(0.01), again=Fake(0.01 / 1.02))
+    assert "noisy" not in still
+    assert still["contenders"][table.OURS]["times_base"]["p80"] == pytest.approx(2)
+    noisy = decoded(base=Fake(0.02), ours=Fake(0.01), again=Fake(0.01 / 1.25))
+    assert noisy["noisy"]
+    ours = noisy["contenders"][table.OURS]["times_base"]
+    assert ours == pytest.approx({"p20": 1.6, "p50": 2, "p80": 2.5, "samples": 3})
+    assert noisy["contenders"][table.BASE]["times_base"]["p80"] == 1
+
+
+def test_time_that_is_up_ends_a_text() -> None:
+    with closing(company((table.BASE, Fake(0.02)), (table.OURS, Fake(0.01)))) as there:
+        case = DecodeCase("tiny", "float32", 5, NEW, CHUNK)
+        with pytest.raises(Failed, match="no time left"):
+            contest.decode(case, there, iter([False, True]).__next__)
 
 
 def test_prefill_takes_turns_after_a_warm_up() -> None:
@@ -151,8 +178,10 @@ def test_prefill_takes_turns_after_a_warm_up() -> None:
     }
     with closing(company(*named.items())) as there:
         names = (table.BASE, table.OURS, "ONNX Runtime")
-        record = contest.prefill(PrefillCase("tiny", 2, 6, 3), names, there)
-        hurried = contest.prefill(PrefillCase("tiny", 1, 6, 3), names, there, lambda: True)
+        record = contest.prefill(PrefillCase("tiny", "prefill", 2, 6, 3), names, there)
+        hurried = contest.prefill(
+            PrefillCase("tiny", "prefill", 1, 6, 3), names, there, lambda: True
+        )
     assert record["contenders"].keys() == set(names)
     for name in (table.BASE, table.OURS):
         assert len(record["contenders"][name]["seconds"]) == 3
@@ -197,9 +226,23 @@ def test_a_process_that_dies_is_told_with_its_last_words(tmp_path: Path) -> None
 
 
 def test_every_name_is_somebody() -> None:
-    groups = (*table.COMPANIES.values(), table.PREFILL, table.PREFILL_BATCH, table.LOADING)
+    groups = (*table.COMPANIES.values(), table.LOADING)
     for name in {name for group in groups for name in group} | table.EXACT:
         table.make(name, "tiny", 1)
+    for case in (*cases.DECODE, *cases.PREFILL, *cases.COMPILED_DECODE, *cases.COMPILED_PREFILL):
+        assert {table.BASE, table.OURS, table.AGAIN} <= set(table.COMPANIES[case.company])
+    assert set(table.COMPANIES["batches"]) <= set(table.COMPANIES["prefill"])
+
+
+def test_progress_foretells_the_rest_from_what_was_seen() -> None:
+    now = iter([0.0, 0.0, 10.0, 20.0, 40.0, 50.0])
+    progress = Progress(5, most=55, clock=now.__next__)
+    lines = [progress.line(text) for text in "abcde"]
+    assert lines[0] == "[0:00] a"
+    assert lines[1] == "[0:10, about 0:40 left] b"
+    assert lines[2] == "[0:20, about 0:30 left] c"
+    assert lines[3] == "[0:40, about 0:15 left] d"  # as many more at 13 s a step, but until 0:55
+    assert lines[4] == "[0:50, about 0:05 left] e"
 
 
 def test_agreement() -> None:
@@ -212,12 +255,15 @@ def test_agreement() -> None:
     assert found["error"] == pytest.approx(np.sqrt(0.5) / reference.std())
 
 
-def test_record_is_whole_after_every_case(tmp_path: Path) -> None:
-    record = Record("decode", 1.0, tmp_path)
+def test_record_is_whole_after_every_case(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Record("decode", tmp_path, cases=2)
     record.add({"model": "tiny", "seconds": [0.123456789]})
     written = json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))
     assert written["cases"] == [{"model": "tiny", "seconds": [0.1235]}]
-    assert {"commit", "processor", "versions", "threads", "flags"} <= written.keys()
+    assert {"commit", "processor", "versions", "threads", "flags", "clock_mhz"} <= written.keys()
+    assert "decode: 1 of 2 cases" in capsys.readouterr().err
     assert not record.time_is_up()
     assert rounded({"a": (1.23456, 7, "x")}) == {"a": [1.235, 7, "x"]}
 
@@ -236,6 +282,7 @@ def test_ours_and_the_references_pass_their_gate(tiny: str) -> None:
         table.BARE,
         table.OURS,
         "gpt2fast general",
+        "transformers tuned",
         "gpt2fast bfloat16",
         "gpt2fast int8",
     )
@@ -276,7 +323,7 @@ def test_peers_compute_the_model(tiny: str, name: str, module: str) -> None:
     named = [(each, table.make(each, tiny, 1)) for each in (table.BASE, name)]
     with closing(company(*named)) as there:
         decoded = contest.decode(DecodeCase(tiny, "float32", 20, NEW, CHUNK), there)
-        filled = contest.prefill(PrefillCase(tiny, 3, 20, 1), (table.BASE, name), there)
+        filled = contest.prefill(PrefillCase(tiny, "prefill", 3, 20, 1), (table.BASE, name), there)
     for record in (decoded, filled):
         assert "times_base" in record["contenders"][name], record["contenders"][name]
     assert decoded["contenders"][name]["agreement"]["error"] < 0.3

@@ -1,12 +1,15 @@
 """The report of the CPU benchmarks says what the records hold, and no more."""
 
+import json
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import report
+from bench import plots, report
+from gpt2fast.benchmark.models import weight_bytes
 from gpt2fast.benchmark.record import Record
 from gpt2fast.benchmark.table import AGAIN, BARE, BASE, OURS
 
@@ -49,10 +52,10 @@ LOADING = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    decode = Record("decode", 1.0, tmp_path)
+    decode = Record("decode", tmp_path)
     for case in (CASE, OTHER, SKIPPED):
         decode.add(case)
-    loading = Record("loading", 1.0, tmp_path)
+    loading = Record("loading", tmp_path)
     loading.put("imports", {kind: quantiles(2.0) for kind in ("torch", "gpt2fast", "model")})
     loading.add(LOADING)
     return tmp_path
@@ -84,29 +87,122 @@ def test_tables(folder: Path) -> None:
 
 def test_page_is_filled_between_its_marks(tmp_path: Path) -> None:
     page = "a\n<!-- cpu -->\nold | row\n<!-- /cpu -->\nb\n"
-    filled = report.filled(page, "new")
+    filled = report.filled(page, "cpu", "new")
     assert filled == "a\n<!-- cpu -->\n\nnew\n<!-- /cpu -->\nb\n"
-    assert report.filled(filled, "new") == filled
-    assert report.filled(filled, report.section(tmp_path)) == "a\n<!-- cpu -->\n<!-- /cpu -->\nb\n"
+    assert report.filled(filled, "cpu", "new") == filled
+    empty = report.filled(filled, "cpu", report.section(tmp_path))
+    assert empty == "a\n<!-- cpu -->\n<!-- /cpu -->\nb\n"
     with pytest.raises(ValueError, match="expected one"):
-        report.filled("a\nb\n", "new")
+        report.filled("a\nb\n", "cpu", "new")
 
 
-def test_plot_shows_everybody_that_was_timed(folder: Path) -> None:
+def drawn(folder: Path, name: str) -> tuple[set[str], set[str]]:
+    """The texts of a plot for a light page, and the colours that one for a dark page adds."""
+    light, dark = (
+        (folder / f"{name}-{theme}.svg").read_text(encoding="utf-8") for theme in plots.THEMES
+    )
+    for text in (light, dark):
+        assert len(text) < 100_000
+        assert "<path id=" not in text or "glyph" not in text
+    words = {unescape(word) for word in re.findall(r"<text[^>]*>([^<]+)</text>", light)}
+    colours = (set(re.findall(r"#[0-9a-f]{6}", text)) for text in (dark, light))
+    return words, next(colours) - next(colours)
+
+
+def test_plots_of_a_cpu_show_everybody_that_was_timed(folder: Path) -> None:
     record = report.load("decode", folder)
     assert record is not None
-    report.draw(record, folder / "plot.svg")
-    drawn = (folder / "plot.svg").read_text(encoding="utf-8")
-    words = re.findall(r"<!-- (.*?) -->", drawn)
-    for word in (BASE, OURS, "gpt2fast int8", "124M, 32 + 128", "float32 products alone"):
-        assert word in words
+    assert plots.draw(record, {"decode": plots.decode_bars}, folder) == ["decode"]
+    words, dark_colours = drawn(folder, "decode")
+    assert {BASE, OURS, "gpt2fast int8", "124M, 32 + 128", "float32 products alone"} <= words
     assert "CTranslate2" not in words  # it was wrong
-    report.draw(record, folder / "again.svg")
-    assert (folder / "again.svg").read_text(encoding="utf-8") == drawn
+    assert plots.THEMES["dark"][0] in dark_colours
+    first = (folder / "decode-light.svg").read_text(encoding="utf-8")
+    assert f"recorded {record['date']}" in first
+    plots.draw(record, {"decode": plots.decode_bars}, folder)
+    assert (folder / "decode-light.svg").read_text(encoding="utf-8") == first
+    prefill = {"date": "then", "cases": []}
+    for prompt in (128, 512):
+        case = {"model": "gpt2", "batch": 1, "prompt": prompt, "contenders": {OURS: timed(0.1)}}
+        prefill["cases"].append(case)
+    assert plots.draw(prefill, {"prefill": plots.prefill_lines}, folder) == ["prefill"]
+    assert {"124M, batch 1", OURS} <= drawn(folder, "prefill")[0]
+    nothing = {"date": "then", "cases": [SKIPPED]}
+    assert plots.draw(nothing, plots.CPU, folder) == []
+
+
+def test_steps_and_ops_have_tables_of_their_own(folder: Path) -> None:
+    training = Record("training", folder)
+    steps = {
+        BASE: timed(2.0) | {"peak_bytes": 5_000_000_000},
+        OURS: timed(1.6) | {"peak_bytes": 3_000_000_000},
+    }
+    known = {"kind": "training", "model": "gpt2", "batch": 4, "length": 256}
+    training.add({**CASE, **known, "contenders": steps})
+    ops = Record("ops", folder)
+    ours = timed(0.001) | {"share_of_limit": 0.5, "error": {"forward": 2e-7, "backward": 3e-6}}
+    theirs = timed(0.002) | {"times_ours": quantiles(0.5)}
+    ops.add({"name": "gelu forward", "contenders": {OURS: ours, "PyTorch": theirs}})
+    part = report.section(folder)
+    assert "|  | 124M training, 4 x 256 |" in part
+    assert "2000 ms, **0.02** (0.02 to 0.03), 5000 MB |" in part
+    page = report.page(folder)
+    assert "| gelu forward | 1 | 50% | 3e-06 | PyTorch 2.00 |" in page
+    assert "## training" in page
+    report.draw(folder)
+    assert "gelu forward" in drawn(folder, "ops")[0]
+    assert "ops-dark.svg" in report.page(folder)
+
+
+def suite_record() -> dict[str, Any]:
+    """What a GPU's run would have: of made-up figures."""
+
+    def decoded(batch: int, context: int) -> dict[str, Any]:
+        token = {"token": quantiles(1e-4), "bytes": 2.5e8, "share_of_read": 0.6}
+        peer = {"token": quantiles(1e-3), "token_ratio": quantiles(10), "all_ratio": quantiles(9)}
+        known = {"case": f"b{batch} c{context}", "model": "gpt2", "batch": batch}
+        times = {"graph": token, "transformers": peer}
+        return {**known, "context": context, "times": times, "providers": {"loop": {}, **times}}
+
+    device = {"device": quantiles(1e-5), "host": quantiles(2e-5), "device_source": "graph"}
+    ours = {**device, "flop_per_s": 1e14, "bytes_per_s": 1e12, "share_of_limit": 0.7}
+    op = {
+        "case": "layer_norm 8x8 bfloat16",
+        "work": {"forward": {"bytes": 100, "flops": 0}},
+        "providers": {"ours": {"error": {"forward": 1e-3}}},
+        "times": {"forward": {"ours": ours, "eager": {"device_ratio": quantiles(1.5)} | device}},
+    }
+    limits = {
+        "read_bytes_per_s": quantiles(4e12),
+        "copy_bytes_per_s": quantiles(4e12),
+        "matmul_flop_per_s": {"bfloat16": quantiles(7e14)},
+        "empty_launch_s": {"issue": quantiles(5e-6), "device": quantiles(1e-6)},
+    }
+    shapes = ((1, 32), (1, 512), (8, 512), (32, 512))
+    decode = {"status": "done", "cases": [decoded(*shape) for shape in shapes]}
+    parts = {
+        "limits": {"status": "done", "limits": limits, "probes": {}},
+        "decode": decode,
+        "ops": {"status": "done", "cases": [op]},
+    }
+    return {"date": "then", "commit": "c" * 40, "processor": "p", "parts": parts}
+
+
+def test_a_record_of_the_gpu_suite_has_its_page_and_plots(tmp_path: Path) -> None:
+    (tmp_path / "suite.json").write_text(json.dumps(suite_record()), encoding="utf-8")
+    report.draw(tmp_path)
+    words, _ = drawn(tmp_path, "ladder")
+    assert {"graph", "transformers", "roofline", "124M, batch 1", "context 512"} <= words
+    assert "layer_norm 8x8 bfloat16 forward" in drawn(tmp_path, "gpu-ops")[0]
+    page = report.page(tmp_path)
+    assert "graph 100 (60%)" in page
+    assert "layer_norm 8x8 bfloat16" in page
+    assert "read 4000 GB/s" in page
+    assert "ladder-dark.svg" in page
 
 
 def test_weights_are_those_of_the_products() -> None:
-    assert report.weight_bytes("gpt2", 8) == 12 * 12 * 768 * 768 + 50257 * 768
+    assert weight_bytes("gpt2", 8) == 12 * 12 * 768 * 768 + 50257 * 768
 
 
 def test_accuracy_of_every_form_in_use() -> None:

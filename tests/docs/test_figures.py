@@ -1,42 +1,46 @@
 """Every figure in the README is one of a recorded run."""
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
-from bench import report
+import pytest
+
+from bench import plots, report
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = ROOT / "bench" / "results" / "cpu" / "tokenizer.json"
+RECORDS = sorted((ROOT / "bench" / "results").glob("*/*.json"))
+AGAIN = "python -m bench.report --write"
 
 
-def tokenizer_table(record: dict[str, Any]) -> str:
-    """The README's table of the tokenizer, made from the record."""
-    versions = record["versions"]
-    labels = {
-        "ours": "gpt2fast",
-        "ours, nothing remembered": "gpt2fast, nothing remembered",
-        "tiktoken": f"tiktoken {versions['tiktoken']}",
-        "tokenizers": f"tokenizers {versions['tokenizers']}",
-    }
-    rows = ["| tokenizer | encode, MB/s | decode, MB/s |", "| --- | --- | --- |"]
-    for name, label in labels.items():
-        speeds = [record[task].get(name, {}).get("MB_per_s") for task in ("encode", "decode")]
-        cells = ["" if speed is None else f"{speed:.1f}" for speed in speeds]
-        rows.append(f"| {label} | {cells[0]} | {cells[1]} |")
-    return "\n".join(rows)
+def test_tables_of_the_readme_are_those_of_the_records() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.readme(text) == text, AGAIN
+    assert report.tokenizer_section() in text
+    assert re.findall(r"<!-- (\w+) -->", text) == list(report.PARTS)
 
 
-def test_tokenizer_figures_are_those_of_the_record() -> None:
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tokenizer_table(record) in readme
-    assert f"{record['processor']}, {record['cores']} cores" in readme
+@pytest.mark.parametrize("folder", sorted({path.parent for path in RECORDS}), ids=lambda p: p.name)
+def test_page_beside_the_records_is_theirs(folder: Path) -> None:
+    assert (folder / "README.md").read_text(encoding="utf-8") == report.page(folder), AGAIN
 
 
-def test_tables_of_the_cpu_benchmarks_are_those_of_the_records() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.filled(readme, report.section()) == readme, "python -m bench.report --write"
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: f"{p.parent.name} {p.stem}")
+def test_plots_are_of_the_records_that_are_here(path: Path) -> None:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    names = list(plots.GPU) if "parts" in record else [n for n in plots.CPU if n == path.stem]
+    for file in (path.parent / f"{n}-{theme}.svg" for n in names for theme in plots.THEMES):
+        if file.exists():
+            text = file.read_text(encoding="utf-8")
+            assert f"recorded {record['date']}" in text, AGAIN
+            assert len(text) < 100_000, file
+
+
+def test_pictures_of_the_pages_are_there() -> None:
+    for page in (ROOT / "README.md", *(path.parent / "README.md" for path in RECORDS)):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r'(?:srcset|src)="([^"]+)"', text):
+            assert (page.parent / target).exists(), f"{page} shows {target}"
 
 
 def test_losses_of_the_bundled_model() -> None:
