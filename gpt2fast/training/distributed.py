@@ -49,7 +49,8 @@ class Workers:
             mesh = init_device_mesh(device.type, (self.count,))
             for layer in layers:
                 fully_shard(layer, mesh=mesh)
-            return fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh)
+            return module
         return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     @contextlib.contextmanager

@@ -40,7 +40,8 @@ def save_checkpoint(
     DTensors; ``run`` is what JSON holds. The folder gets its name when everything is on the disk;
     what a save that was cut short left behind goes.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     path, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
     if workers.rank == 0:
@@ -80,8 +81,9 @@ def load_newest_checkpoint(
     where the folder has no checkpoint. A damaged one is passed over with a warning; ValueError
     where every one is damaged.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     paths = checkpoint_folders(folder)
     for path in reversed(paths):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ def _log(folder):
 
 
 def test_it_learns_the_chain(tmp_path, capsys):
-    trainer = chain_trainer(tmp_path, replace(SETTINGS, steps=300))
+    trainer = chain_trainer(tmp_path, replace(SETTINGS, steps=300), save_every=100)
     before = trainer.evaluate(32)
     assert before > 4
     assert trainer.run() == 0
@@ -33,7 +34,9 @@ def test_it_learns_the_chain(tmp_path, capsys):
     row_tokens = [r["valid_row_tokens"] for r in _log(tmp_path) if "valid_loss" in r]
     assert row_tokens == [16] * 12 + [32] * 3
     shown = capsys.readouterr().out.splitlines()
-    assert sum("tokens/s" in line and "loss" in line and "left" in line for line in shown) == 30
+    words = ("tokens/s", "MFU", "loss", "left")
+    assert sum(all(word in line for word in words) for line in shown) == 30
+    assert any("measured now: matrix products in float32" in line for line in shown)
 
 
 def test_validation_predicts_every_token_but_the_first_once(tmp_path):
@@ -59,6 +62,27 @@ def test_accumulation_changes_nothing_but_the_memory(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_layers_train_alike(tmp_path, monkeypatch):
+    graphs = []
+
+    def run_as_captured(graph, inputs):  # Inductor would take a minute, and is not ours
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=run_as_captured))
+    settings, options = replace(SETTINGS, steps=10), {"log_every": 1, "valid_every": 5}
+    plain = chain_trainer(tmp_path / "plain", settings, **options)
+    compiled = chain_trainer(tmp_path / "compiled", settings, compile=True, **options)
+    for trainer in (plain, compiled):
+        assert trainer.run() == 0
+    assert len(graphs) == 2  # of both layers, for rows of 16 and 32; none for validation
+    for name in ("loss", "valid_loss"):
+        curves = [
+            [r[name] for r in _log(tmp_path / run) if name in r] for run in ("plain", "compiled")
+        ]
+        assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
@@ -91,8 +115,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     last.run()
     for name, expected in _weights(whole).items():
         assert torch.equal(_weights(last)[name], expected), name
-    steps = [record["step"] for record in _log(tmp_path / "cut")]
-    assert steps == [record["step"] for record in _log(tmp_path / "whole")]
+    curves = [
+        [(r["step"], r["tokens"], r.get("loss"), r.get("valid_loss")) for r in _log(tmp_path / run)]
+        for run in ("cut", "whole")
+    ]
+    assert curves[0] == curves[1]
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
