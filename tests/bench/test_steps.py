@@ -172,7 +172,7 @@ def test_who_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "exit status 11" in record["providers"][names.EAGER]["not measured"]
     assert record["times"][names.OURS]["again"]["p50"] == 0.5
     [row] = step_report.rows([record])
-    assert row.startswith("| training tiny B2 T9: gpt2fast | 4000.00 |")
+    assert row.startswith("| training tiny B2 T9: gpt2fast | 2000.00 |")
     assert f"| {names.SDPA}, {names.TUNED}, {names.EAGER} |" in row
 
 
