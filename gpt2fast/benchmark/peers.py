@@ -58,7 +58,7 @@ class Transformers:
 
     def __init__(self, name: str, threads: int, attention: str, gelu: str | None = None) -> None:
         self._name, self._threads, self._attention = name, threads, attention
-        self._options = {} if gelu is None else {"activation_function": gelu}
+        self._options: dict[str, Any] = {} if gelu is None else {"activation_function": gelu}
 
     def prepare(self) -> None:
         models.checkpoint(self._name)
