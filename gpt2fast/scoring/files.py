@@ -88,16 +88,16 @@ def _read_text(path: Path) -> Iterator[Record]:
 
 def _read_lines(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(map(bytes.strip, file), 1):
+            if not line:
+                continue
             place = f"{path}:{number}"
             try:
-                value: Any = json.loads(line.decode("utf-8")) if line.strip() else None
+                value = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{place}: not UTF-8: {_where(error)}") from error
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place}: not JSON: {error}") from error
-            if not line.strip():
-                continue
             text = _text(place, value)
             labels = {"file": str(path), "line": number}
             yield Record(place, text, labels | ({"id": value["id"]} if "id" in value else {}))

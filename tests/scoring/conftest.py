@@ -21,6 +21,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a vocabulary of 97 tokens, for much work in little time."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    config = GPT2Config(vocab_size=97, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
 def naive(
     model: Any, ids: list[int], max_length: int, stride: int, bos: int | None = None
