@@ -13,6 +13,7 @@ import torch
 
 from gpt2fast import GPT2Config, GPT2LMHeadModel
 from gpt2fast.cli import main
+from gpt2fast.training.distributed import own_device
 from gpt2fast.training.state import checkpoint_folders
 from gpt2fast.training.trainer import Trainer
 from tests.training.chain import IN_PARTS, chain_tokens, chain_trainer
@@ -175,3 +176,25 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(tmp_path, monkeypatch
         assert main([*alone, "--out", str(folder)]) == 128 + signal.SIGTERM
     assert "resumed at step" in capsys.readouterr().out
     _assert_same_curve(out, tmp_path / "whole")
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    wanted = torch.device("cuda")
+    assert own_device(wanted) == wanted  # not under torchrun
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_device(wanted) == torch.device("cuda", 1)
+    assert own_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ValueError, match="a GPU of its own, got --device cuda:0"):
+        own_device(torch.device("cuda", 0))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 on this machine has no GPU: PyTorch sees 2"):
+        own_device(wanted)
+
+
+def test_an_error_names_its_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "--data", "/nothing.txt", "--out", str(tmp_path), "--steps", "1"]) == 1
+    assert capsys.readouterr().err == "error: process 1: no file matches '/nothing.txt'\n"

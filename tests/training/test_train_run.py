@@ -64,6 +64,18 @@ def test_accumulation_changes_nothing_but_the_memory(tmp_path):
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_bfloat16_is_for_the_products_alone(tmp_path):
+    curves = []
+    for dtype in ("float32", "bfloat16"):
+        settings = replace(SETTINGS, steps=8, dtype=dtype)
+        trainer = chain_trainer(tmp_path / dtype, settings, log_every=1)
+        assert trainer.run() == 0
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        curves.append([r["loss"] for r in _log(tmp_path / dtype) if "loss" in r])
+    assert curves[1] != curves[0]
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+
+
 def test_compiled_layers_train_alike(tmp_path, monkeypatch):
     graphs = []
 
