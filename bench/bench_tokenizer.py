@@ -12,13 +12,10 @@ of the clock.
 With ``GPT2FAST_BENCH_RECORD=1`` the ratios are written to ``bench/results/cpu/tokenizer.json``.
 """
 
-import datetime
 import hashlib
 import json
 import os
-import platform
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,8 +29,10 @@ import pytest
 import tiktoken
 import transformers
 
+from gpt2fast.benchmark.environment import environment
 from gpt2fast.tokenizer import GPT2Tokenizer
 from gpt2fast.tokenizer.pattern import GPT2_PATTERN
+from gpt2fast.version import __version__
 
 SIZE = 10_000_000  # bytes
 ROUNDS = 5
@@ -135,21 +134,6 @@ def _rows(seconds: dict[str, list[float]], size: int) -> dict[str, dict[str, flo
     return rows
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 @pytest.mark.parametrize("name", ["ours", "ours, nothing remembered", "tiktoken", "tokenizers"])
 def test_encode(benchmark: Any, implementations: dict[str, Any], text: str, name: str) -> None:
     part = text[: SIZE // 10]
@@ -186,20 +170,15 @@ def test_ratios(implementations: dict[str, Any], text: str) -> None:
         },
         time.perf_counter,
     )
+    facts = environment()
+    facts["versions"] |= {name: version(name) for name in ("tiktoken", "tokenizers")}
+    facts["versions"]["gpt2fast"] = __version__
     million = "a" * 1_000_000
     start = time.process_time()
     ours.encode(million)
     word = time.process_time() - start
     record = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "processor": _processor(),
-        "cores": CORES,
-        "load_average": os.getloadavg(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("gpt2fast", "tiktoken", "tokenizers")},
-        },
+        **facts,
         "text": {
             "bytes": size,
             "tokens": len(ours.encode(text)),
