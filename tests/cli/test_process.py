@@ -51,10 +51,11 @@ def test_help_version_and_mistakes_load_no_torch() -> None:
 import contextlib, sys
 from gpt2fast.cli import main
 for words in (["--help"], ["--version"], ["generate", "--help"], ["train", "--help"], ["tell"],
-              ["generate", "--top-k", "x"]):
+              ["generate", "--top-k", "x"], ["score", "--help"], ["score", "--stride", "0", "a.txt"]):
     with contextlib.suppress(SystemExit):
         main(words)
 main(["generate", ""])
+main(["score", "absent.txt"])
 print(*sorted({"torch", "numpy", "transformers", "huggingface_hub", "triton"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
