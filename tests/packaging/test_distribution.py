@@ -229,6 +229,31 @@ def test_installed_package_does_not_reach_outside_itself(wheel: Path, tmp_path: 
     assert done.stdout.split() == ["1"], done.stderr
 
 
+def test_benchmark_runs_from_an_installation(wheel: Path, tmp_path: Path) -> None:
+    """Its processes find the package, its models have a folder, and no commit is made up."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    done = run(
+        """
+        import os, sys
+        from pathlib import Path
+        for name in ("GPT2FAST_COMMIT", "GPT2FAST_BENCH_MODELS"):
+            os.environ.pop(name, None)
+        from gpt2fast.benchmark import command, environment, models
+        from gpt2fast.benchmark.processes import Process
+        assert "torch" not in sys.modules
+        assert models.ROOT == Path("~/.cache/gpt2fast/bench").expanduser(), models.ROOT
+        assert environment.commit() == {"commit": "unknown", "dirty": None}
+        process = Process("torch alone", "tiny", 1)
+        process.ask("prepare")
+        process.close()
+        """,
+        cwd=tmp_path,
+        path=[tmp_path / "site"],
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_altered_merges_are_not_built(checkout: Path, tmp_path: Path) -> None:
     altered = tmp_path / "altered"
     shutil.copytree(checkout, altered)
