@@ -9,7 +9,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 install = $(BIN)/python -m pip install --constraint constraints.txt --editable $(1) && touch $@
 
-.PHONY: help demo test lint guard bench clean
+.PHONY: help demo test peers lint guard bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +22,9 @@ demo: $(VENV)/demo.stamp ## generate text from the bundled checkpoint, offline
 # Two processes of one thread: the tensors are small, and most of the time is Python's.
 test: $(VENV)/test.stamp ## run the tests; ARGS="-k name" reaches pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+peers: $(VENV)/test.stamp ## run others' tests on this library; fails where the table was better
+	$(BIN)/python -m tests.peers $(ARGS)
 
 lint: $(VENV)/dev.stamp ## check format, rules and types
 	$(BIN)/ruff format --check .
