@@ -135,6 +135,7 @@ class KVCache(Sequence[Tensor]):
 
     @property
     def batch_size(self) -> int:
+        """How many rows it holds."""
         return self._storage.layers[0].shape[1]
 
     @property

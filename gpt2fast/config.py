@@ -271,9 +271,11 @@ class GPT2Config:
         return {"model_type": self.model_type, **vars(self)}
 
     def to_json_string(self) -> str:
+        """What `save_pretrained` writes into ``config.json``."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, path: str | Path) -> None:
+        """Write `to_json_string` to a file."""
         Path(path).write_text(self.to_json_string(), encoding="utf-8")
 
     @property
@@ -283,10 +285,12 @@ class GPT2Config:
 
     @property
     def head_size(self) -> int:
+        """Width of an attention head."""
         return self.n_embd // self.n_head
 
     @property
     def inner_size(self) -> int:
+        """Width inside the perceptron."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
     def attention_scale(self, layer: int) -> float:

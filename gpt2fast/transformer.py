@@ -44,9 +44,11 @@ class GPT2Model(PreTrainedModel):
         self.init_weights()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding, as transformers' code asks for it."""
         return self.wte
 
     def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        """Put another token embedding in its place."""
         self.wte = embeddings
 
     def forward(

@@ -260,7 +260,7 @@ class GPT2Tokenizer(TokenizerBase):
 
         Args:
             encoded_inputs: one encoding, of one text or several, or a list of one-text ones.
-            others: as in a call.
+            (others): as in a call.
         """
         if not isinstance(encoded_inputs, Mapping):
             names = list(encoded_inputs[0]) if encoded_inputs else ["input_ids"]

@@ -299,6 +299,7 @@ class Engine:
 
     @property
     def closed(self) -> bool:
+        """Whether it was closed, by `close` or by an error in a step."""
         return self._closed
 
     def _check_open(self) -> None:

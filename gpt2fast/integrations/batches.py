@@ -31,6 +31,8 @@ from gpt2fast.engine.scheduler import Sequence
 from gpt2fast.model import GPT2LMHeadModel
 from gpt2fast.scoring.scorer import Scorer, checked_ids
 
+__all__ = ["GenerateBatch", "ScoreBatch"]
+
 Columns = Mapping[str, Any]  # names to lists or arrays of one length
 
 

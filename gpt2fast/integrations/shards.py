@@ -22,6 +22,8 @@ from typing import Any
 
 from gpt2fast.files import replacing
 
+__all__ = ["map_lines"]
+
 Row = dict[str, Any]
 
 
