@@ -9,7 +9,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 install = $(BIN)/python -m pip install --constraint constraints.txt --editable $(1) && touch $@
 
-.PHONY: help demo test peers lint guard bench clean
+.PHONY: help demo test peers lint docs types guard bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,13 +26,18 @@ test: $(VENV)/test.stamp ## run the tests; ARGS="-k name" reaches pytest
 peers: $(VENV)/test.stamp ## run others' tests on this library; fails where the table was better
 	$(BIN)/python -m tests.peers $(ARGS)
 
-lint: $(VENV)/dev.stamp ## check format, rules and types
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	@# mypy sees no editable install: lay the rooms out by links, as they install.
+# mypy and mkdocs see no editable install: lay the rooms out by links, as they install.
+types:
 	@rm -rf build/types && mkdir -p build/types/gpt2fast
 	@ln -s "$(CURDIR)"/gpt2fast/* "$(CURDIR)/kernels" "$(CURDIR)/tokenizer" build/types/gpt2fast/
+
+lint: $(VENV)/dev.stamp types ## check format, rules and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs.stamp types ## make the documentation in build/site, a page for each public name
+	$(BIN)/mkdocs build --strict
 
 guard: $(VENV)/test.stamp ## time a short subset against the commit before; fails on a loss of 20%
 	$(BIN)/python bench/guard.py $(ARGS)
