@@ -31,7 +31,10 @@ def test_shell_examples_are_commands_that_exist() -> None:
     for line in lines:
         for command in re.split(r"[|;&]+", line.partition(" #")[0]):
             words = shlex.split(command)
-            if words[0] in {"gpt2fast", "torchrun"}:
+            if scripts := [word for word in words if word.startswith("examples/")]:
+                assert words[0] in {"python", "torchrun"}
+                assert (ROOT / scripts[0]).is_file()
+            elif words[0] in {"gpt2fast", "torchrun"}:
                 build_parser().parse_args(words[words.index("gpt2fast") + 1 :])
             elif words[0] == "make":
                 assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
