@@ -65,21 +65,26 @@ class ScoredModel:
         return digest.hexdigest()[:16]
 
     @torch.no_grad()
-    def log_probs(self, rows: Sequence[Tensor], firsts: Sequence[int]) -> list[list[float]]:
+    def log_probs(self, rows: Sequence[Tensor], firsts: Sequence[int]) -> Tensor:
         """log p(token | those before it in its row), in nats.
+
+        Does not wait for a GPU's last kernels.
 
         Args:
             rows: int64 ``[n]`` each, on the CPU, at least two tokens.
             firsts: for each row the first token that is wanted, at least 1.
 
         Returns:
-            For each row those of its tokens from the wanted one to the last.
+            float32, on the model's device: of each row those of its tokens from the wanted one to
+            the last, one row after the other.
         """
         # Rows are padded on the right, where causal attention never looks: no mask is needed.
         ids = pad_sequence([row[:-1] for row in rows], batch_first=True)
         width = ids.shape[1]
         counts = [len(row) - first for row, first in zip(rows, firsts, strict=True)]
-        body = self._model.transformer(input_ids=ids.to(self.device), use_cache=False)
+        if not isinstance(self._model, GPT2LMHeadModel):
+            ids = ids.to(self.device)  # ours checks them where they are, and then moves them
+        body = self._model.transformer(input_ids=ids, use_cache=False)
         hidden = (body[0] if isinstance(body, tuple) else body.last_hidden_state).flatten(0, 1)
         if sum(counts) < len(hidden):
             starts = [i * width + first - 1 for i, first in enumerate(firsts)]
@@ -87,8 +92,7 @@ class ScoredModel:
             hidden = hidden[torch.cat(spans).to(hidden.device)]
         targets = torch.cat([row[first:] for row, first in zip(rows, firsts, strict=True)])
         # Rounding can leave a loss just below 0; 0 - 0 is no negative zero.
-        losses = self._losses(hidden, targets.to(hidden.device)).clamp_min(0)
-        return [part.tolist() for part in (0 - losses.cpu()).split(counts)]
+        return 0 - self._losses(hidden, targets.to(hidden.device)).clamp_min(0)
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy ``[N]`` of hidden ``[N, C]``, in float32."""

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from gpt2fast.checkpoint.vocabulary import tokenizer_of
 from gpt2fast.scoring.model import load
-from gpt2fast.scoring.windows import batches, windows
+from gpt2fast.scoring.windows import Window, batches, windows
 
 Text = str | Sequence[int] | Tensor
+_Item = TypeVar("_Item")
 
 # Positions that are evaluated at once. A CPU takes longer a token for more (a fifth at 2048): their
 # activations leave the caches. A GPU needs many to be busy (predicted).
@@ -63,6 +64,18 @@ def perplexity(log_prob: float, n_scored: int) -> float:
         return math.exp(-log_prob / n_scored)
     except OverflowError:
         return math.inf
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """A text on its way: ``tokens`` is int64 ``[n]`` with the prefix, as are the log_probs."""
+
+    score: Score
+    tokens: Tensor
+    windows: list[Window]
+
+
+_Part = tuple[_Scoring, Window]
 
 
 class Scorer:
@@ -187,7 +200,7 @@ class Scorer:
         if group:
             yield self._finish(group, progress)
 
-    def _prepare(self, name: str, text: Text) -> "_Scoring":
+    def _prepare(self, name: str, text: Text) -> _Scoring:
         given = self._tokenizer.encode(text) if isinstance(text, str) else text
         ids = checked_ids(name, given, self.vocab_size)
         tokens = torch.tensor([*self._prefix, *ids], dtype=torch.int64)
@@ -196,37 +209,34 @@ class Scorer:
         return _Scoring(Score(ids, values, text if isinstance(text, str) else None), tokens, parts)
 
     def _finish(
-        self, group: list["_Scoring"], progress: Callable[[float, int], object] | None
+        self, group: list[_Scoring], progress: Callable[[float, int], object] | None
     ) -> list[Score]:
         self._model.check_mode()
         parts = [(scoring, window) for scoring in group for window in scoring.windows]
         lengths = [window.inputs for _, window in parts]
         done, share = 0.0, len(group) / max(sum(lengths), 1)
-        for batch in batches(lengths, self.batch_tokens):
-            chosen = [parts[i] for i in batch]
-            rows = [scoring.tokens[window.begin : window.end] for scoring, window in chosen]
-            firsts = [window.first - window.begin for _, window in chosen]
-            found = self._model.log_probs(rows, firsts)
+        launched = (
+            self._launch([parts[i] for i in batch]) for batch in batches(lengths, self.batch_tokens)
+        )
+        for chosen, log_probs in _one_behind(launched):
+            counts = [window.end - window.first for _, window in chosen]
+            found = log_probs.cpu().split(counts)
             for (scoring, window), values in zip(chosen, found, strict=True):
-                scoring.score.log_probs[window.first : window.end] = values
+                scoring.score.log_probs[window.first : window.end] = values.tolist()
             if progress is not None:
                 texts = share * sum(window.inputs for _, window in chosen)
                 done += texts
-                progress(texts, sum(map(len, found)))
+                progress(texts, sum(counts))
         if progress is not None:
             progress(len(group) - done, 0)  # texts that had nothing to score, and rounding
         for scoring in group:
             del scoring.score.log_probs[: len(self._prefix)]
         return [scoring.score for scoring in group]
 
-
-@dataclass(frozen=True)
-class _Scoring:
-    """A text on its way: ``tokens`` is int64 ``[n]`` with the prefix, as are the log_probs."""
-
-    score: Score
-    tokens: Tensor
-    windows: list[Any]
+    def _launch(self, chosen: list[_Part]) -> tuple[list[_Part], Tensor]:
+        rows = [scoring.tokens[window.begin : window.end] for scoring, window in chosen]
+        firsts = [window.first - window.begin for _, window in chosen]
+        return chosen, self._model.log_probs(rows, firsts)
 
 
 def score(
@@ -279,6 +289,17 @@ class ProgressBar:
         if elapsed:
             self._bar.set_postfix_str(f"{self._tokens / elapsed:,.0f} tokens/s", refresh=False)
         self._bar.update(texts)
+
+
+def _one_behind(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Each once the next is under way: a GPU is given work before its last results are read."""
+    previous = next(items, None)
+    for item in items:
+        assert previous is not None
+        yield previous
+        previous = item
+    if previous is not None:
+        yield previous
 
 
 def checked_ids(name: str, text: Any, vocab_size: int) -> list[int]:
