@@ -255,23 +255,42 @@ class Engine:
 
         Returns:
             for each layer ``[2, H, length, D]``; zeros beyond the slot's capacity.
+
+        Raises:
+            OutOfMemory: there is no memory for them; the engine is closed then, to make room.
+            RuntimeError: the engine is closed.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._check_open()
-            with self._runner.working():
-                layers = self._batch.keys_values(sequence, length, pad)
+            try:
+                with self._runner.working():
+                    layers = self._batch.keys_values(sequence, length, pad)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._failure = OutOfMemory(first_line(error))
+                self.close()
+                raise OutOfMemory(str(self._failure)) from None
         for layer in layers:
             if layer.is_cuda:  # made by another stream, which may not take it back before this one
                 layer.record_stream(torch.cuda.current_stream(layer.device))
         return layers
 
     def close_if_idle(self) -> bool:
-        """Close it unless somebody has a slot or waits for one; returns whether it is closed."""
-        with self._lock:
+        """Close it unless somebody has a slot or waits for one; returns whether it is closed.
+
+        Does not wait: whoever is within one of the methods is at work. In a step the garbage
+        collector may run what waits for the caller of this one.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
             idle = self.idle
             if idle:
                 self.close()
             return idle
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """Cancel what runs or waits and free the memory. A closed engine stays closed."""

@@ -84,6 +84,29 @@ def test_other_errors_while_building_are_told(
 
 @pytest.mark.parametrize(
     "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_memory_for_the_cache_that_is_returned(
+    model: GPT2LMHeadModel, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keywords = {**PLAIN, "return_dict_in_generate": True}
+    expected = model.generate(IDS, **keywords)
+    engine = engine_of(model)
+
+    def none_left(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(engine._batch, "keys_values", none_left)
+    with pytest.warns(UserWarning, match="no memory for a decode engine of 4 x 48 positions"):
+        output = model.generate(IDS, **keywords)
+    assert output.sequences.equal(expected.sequences)
+    assert output.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert engine.closed
+
+
+@pytest.mark.parametrize(
+    "error",
     [
         OutOfMemory("no memory for a graph"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nof 80"),

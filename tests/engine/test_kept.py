@@ -106,3 +106,42 @@ def test_a_release_inside_a_build(model: GPT2LMHeadModel, monkeypatch: pytest.Mo
     assert not thread.is_alive()
     assert outputs[0].equal(expected)
     assert model not in kept._KEPT
+
+
+def test_a_release_inside_a_step_while_another_thread_wants_more_rows(
+    model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the garbage collector may bring about: neither waits for a lock that the other has."""
+    expected = general(model).generate(IDS * 9, **PLAIN)
+    model.generate(IDS, **PLAIN)
+    batch = engine_of(model)._batch
+    step, close_if_idle = batch.step, Engine.close_if_idle
+    outputs: list[Tensor] = []
+    grows = threading.Event()
+
+    def grow() -> None:
+        outputs.append(model.generate(IDS * 9, **PLAIN))
+
+    def close_or_not(self: Engine) -> bool:
+        grows.set()
+        return close_if_idle(self)
+
+    def release_within() -> Any:
+        growing.start()
+        assert grows.wait(20)
+        release(model)
+        return step()
+
+    def run() -> None:
+        with pytest.raises(RuntimeError, match="closed"):
+            model.generate(IDS, **PLAIN)
+
+    growing = threading.Thread(target=grow, daemon=True)
+    running = threading.Thread(target=run, daemon=True)
+    monkeypatch.setattr(Engine, "close_if_idle", close_or_not)
+    monkeypatch.setattr(batch, "step", release_within)
+    running.start()
+    for thread in (running, growing):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert outputs[0].equal(expected)
