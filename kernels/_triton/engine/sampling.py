@@ -228,10 +228,12 @@ def propose(
                     found = tl.where(matches, end + size * _ENDS, 0)
                     best = tl.maximum(best, tl.max(found, 0))
             start = best % _ENDS
+            place = start
             for draft in tl.static_range(DRAFTS):
                 if count + draft <= capacity:
-                    token = tl.load(sequence + start + draft % (count - start))
+                    token = tl.load(sequence + place)
                     tl.store(sequence + count + draft, token)
+                    place = tl.where(place + 1 < count, place + 1, start)
 
 
 @triton.jit(do_not_specialize=["capacity", "V", "rows"])

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from gpt2fast.kernels._triton.common import LOG2_E, gelu
-from gpt2fast.kernels._triton.engine.linear import int4_to_float32, int8_to_float32, share_of
+from gpt2fast.kernels._triton.engine.linear import int4_to_float32, int8_to_float32
 from gpt2fast.kernels._triton.engine.phases import of_layer, position_of, store_qkv
 
 _GROUP = tl.constexpr(128)  # packing.INT4_GROUP
@@ -193,7 +193,8 @@ def head_tiles(
     """logits float32 ``[M, N]`` = y W, or the best of each share of them: `phases.head`.
 
     Programs that are beside each other have the same outputs, for all tiles of rows; their number
-    is a multiple of how many those are. best_*: ``[M, shares]``.
+    is a multiple of how many those are. best_*: ``[M, shares]``; of the tiles of outputs a share
+    has every ``shares``-th one, whose bounds take no registers.
     """
     TILES_M: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     shares = programs // TILES_M
@@ -203,8 +204,7 @@ def head_tiles(
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     place = tl.zeros([BLOCK_M], tl.int32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    low, high = share_of(program // TILES_M, shares, (N + BLOCK_N - 1) // BLOCK_N)
-    for tile in range(low, high):
+    for tile in range(program // TILES_M, (N + BLOCK_N - 1) // BLOCK_N, shares):
         start = tile * BLOCK_N
         value = multiply_tile(
             weight_ptr, scale_ptr, y_ptr, start, start_m, 0, C,
