@@ -16,6 +16,7 @@ On a GPU, losses that need no gradient are reduced from tiles of logits that nev
 registers (``_triton/lm_head_tiles.py``), and so store no logits at all.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,20 +33,42 @@ _CHUNK_ELEMENTS = 8 * 2**20
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-def row_chunks(rows: int, vocab_size: int) -> list[slice]:
-    """The rows in chunks whose logits PyTorch's operators hold at a time."""
-    step = max(16, _CHUNK_ELEMENTS // vocab_size)
+def row_chunks(rows: int, vocab_size: int, chunks: int = 1) -> list[slice]:
+    """The rows in chunks whose logits PyTorch's operators hold at a time, ``chunks`` in one."""
+    step = max(16, chunks * _CHUNK_ELEMENTS // vocab_size)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 softmax of logits ``[n, V]``, and the loss ``[n]`` of the labels."""
-    probabilities = torch.softmax(logits, -1, dtype=torch.float32)
-    top, where = logits.max(-1, keepdim=True)
-    # logsumexp = max - log p(argmax): p(argmax) >= 1 / V, so its logarithm is safe.
-    logsumexp = top.float() - probabilities.gather(-1, where).log_()
-    losses = logsumexp - logits.gather(-1, labels[:, None]).float()
-    return probabilities, losses[:, 0]
+    """float32 softmax of logits ``[n, V]``, and the loss ``[n]`` of the labels.
+
+    Overwrites float32 logits on a CPU, where new memory costs as much as the softmax.
+    """
+    own, top = logits.gather(-1, labels[:, None]), logits.amax(-1, keepdim=True)
+    if _reuses(logits):
+        probabilities = torch.softmax(logits, -1, out=logits)
+    else:
+        probabilities = torch.softmax(logits, -1, dtype=torch.float32)
+    # logsumexp = max - log max p: that is at least 1 / V, so its logarithm is safe.
+    logsumexp = top.float() - probabilities.amax(-1, keepdim=True).log_()
+    return probabilities, (logsumexp - own.float())[:, 0]
+
+
+def _reuses(tensor: Tensor) -> bool:
+    """Whether the memory of logits is used again."""
+    plain = tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return plain and not torch.compiler.is_compiling()
+
+
+def _products(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their logits ``[n, V]``, chunk by chunk; the next ones may overwrite them."""
+    # The weight is read twice and its gradient once a chunk, which counts for more than the cache.
+    chunks = row_chunks(len(hidden), weight.shape[0], 2)
+    reuses = bool(chunks) and _reuses(hidden)
+    buffer = hidden.new_empty(chunks[0].stop, weight.shape[0]) if reuses else None
+    for rows in chunks:
+        out = None if buffer is None else buffer[: rows.stop - rows.start]
+        yield rows, torch.mm(hidden[rows], weight.t(), out=out)
 
 
 class _Gradients:
@@ -85,22 +108,24 @@ def _losses_torch(
     ignore_index: int,
     needs_hidden: bool,
     needs_weight: bool,
+    mean: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses ``[N]`` and the gradients of their sum, those that are needed."""
+    """Losses ``[N]`` and the gradients of their sum or mean, those that are needed."""
     kept = labels != ignore_index
     labels = labels.where(kept, 0)
     factor = kept.float()
+    if mean:
+        factor /= factor.sum().clamp_min_(1)
     losses = hidden.new_empty(len(labels), dtype=torch.float32)
-    chunks = row_chunks(len(labels), weight.shape[0])
     if not (needs_hidden or needs_weight):
-        for rows in chunks:
+        for rows in row_chunks(len(labels), weight.shape[0]):
             logits = (hidden[rows] @ weight.t()).float()
             losses[rows] = F.cross_entropy(logits, labels[rows], reduction="none")
             del logits  # before the next ones are made
         return losses.where(kept, 0), None, None
     gradients = _Gradients(hidden, weight, needs_hidden, needs_weight)
-    for rows in chunks:
-        probabilities, losses[rows] = _probabilities(hidden[rows] @ weight.t(), labels[rows])
+    for rows, logits in _products(hidden, weight):
+        probabilities, losses[rows] = _probabilities(logits, labels[rows])
         gradients.add(rows, probabilities, labels[rows], factor[rows])
     return losses.where(kept, 0), *gradients.result()
 
@@ -117,9 +142,8 @@ def _gradients_torch(
     """The gradients of per-token losses under ``upstream`` ``[N]``, 0 where ignored."""
     labels = labels.where(labels != ignore_index, 0)
     gradients = _Gradients(hidden, weight, needs_hidden, needs_weight)
-    for rows in row_chunks(len(labels), weight.shape[0]):
-        logits = hidden[rows] @ weight.t()
-        probabilities = torch.softmax(logits, -1, dtype=torch.float32)
+    for rows, logits in _products(hidden, weight):
+        probabilities, _ = _probabilities(logits, labels[rows])
         gradients.add(rows, probabilities, labels[rows], upstream[rows])
     return gradients.result()
 
@@ -200,6 +224,14 @@ def _gradients_triton(
     return grad_hidden if needs_hidden else None, grad_weight if needs_weight else None
 
 
+def _gradients_of_mean(reduction: str, dtype: torch.dtype, triton: bool) -> bool:
+    """Whether the gradients are divided by the number of rows as they are formed.
+
+    Not in 16 bits, where such small factors lose precision.
+    """
+    return reduction == "mean" and dtype == torch.float32 and not triton
+
+
 class _LMHeadLoss(torch.autograd.Function):
     """Outputs (loss, dL/dh, dL/dW); the last two are intermediate results, not differentiable."""
 
@@ -216,14 +248,13 @@ class _LMHeadLoss(torch.autograd.Function):
         triton: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         per_token = reduction == "none"
-        losses, dhidden, dweight = (_losses_triton if triton else _losses_torch)(
-            hidden.to(compute_dtype),
-            weight.to(compute_dtype),
-            labels,
-            ignore_index,
-            needs_hidden and not per_token,
-            needs_weight and not per_token,
-        )
+        needed = needs_hidden and not per_token, needs_weight and not per_token
+        hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
+        if triton:
+            losses, dhidden, dweight = _losses_triton(hidden, weight, labels, ignore_index, *needed)
+        else:
+            needed = *needed, _gradients_of_mean(reduction, compute_dtype, triton)
+            losses, dhidden, dweight = _losses_torch(hidden, weight, labels, ignore_index, *needed)
         if per_token:
             return losses, None, None
         loss = losses.sum()
@@ -249,9 +280,11 @@ class _LMHeadLoss(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, labels)
         else:
             ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
-            # Where nothing is kept the mean is NaN, but the gradients stay zero.
-            kept = (labels != ctx.ignore_index).sum().clamp_min(1)
-            ctx.save_for_backward(*output[1:], 1.0 / kept if ctx.reduction == "mean" else None)
+            scale = None
+            if ctx.reduction == "mean" and not _gradients_of_mean(*inputs[4:6], ctx.triton):
+                # Where nothing is kept the mean is NaN, but the gradients stay zero.
+                scale = 1.0 / (labels != ctx.ignore_index).sum().clamp_min(1)
+            ctx.save_for_backward(*output[1:], scale)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -276,6 +309,8 @@ class _LMHeadLoss(torch.autograd.Function):
         else:
             *grads, mean = ctx.saved_tensors
             scale = upstream if mean is None else upstream * mean
+            if scale.device.type == "cpu" and readable(scale) and scale.item() == 1:
+                scale = None  # another pass over the weight's gradient
         typed = (
             None if grad is None else (grad if scale is None else grad * scale).to(dtype)
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
