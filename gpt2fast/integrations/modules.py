@@ -26,8 +26,8 @@ from transformers.models.gpt2 import modeling_gpt2
 
 from gpt2fast import kernels
 from gpt2fast.integrations.attention import NAME
-from gpt2fast.integrations.deferred import DeferredLogits
 from gpt2fast.integrations.decoding import Generates
+from gpt2fast.integrations.deferred import DeferredLogits
 from gpt2fast.layers import drops, is_plain
 
 _CAPTURING = "transformers.utils.output_capturing"  # whose hooks only collect outputs
