@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from gpt2fast.tokenizer import files
 from gpt2fast.tokenizer.batch import check_side
 from gpt2fast.tokenizer.codec import Codec, gpt2_codec, token_bytes
-from gpt2fast.tokenizer.special import SpecialToken, SpecialTokenId
+from gpt2fast.tokenizer.special import SpecialToken, SpecialTokenId, text_of
 from gpt2fast.tokenizer.vocab import END_OF_TEXT, byte_alphabet
 
 _Self = TypeVar("_Self", bound="TokenizerBase")
@@ -68,7 +68,7 @@ class TokenizerBase:
         self._special: set[str] = set()
         self._set_by_user: dict[str, int] = {}
         roles = zip(files.ROLES, (bos_token, eos_token, unk_token, pad_token), strict=True)
-        self._roles = {role: token for role, token in roles if token is not None}
+        self._roles = {role: text_of(token) for role, token in roles if token is not None}
         shipped = gpt2_codec()
         if saved is None or (saved.encoder, saved.merges) == (shipped.encoder, shipped.merges):
             self._codec = shipped
@@ -271,7 +271,7 @@ class TokenizerBase:
         tokens = [new_tokens] if isinstance(new_tokens, str) else list(new_tokens)
         before = len(self)
         for token in tokens:
-            self._add(str(token), special_tokens)
+            self._add(text_of(token), special_tokens)
         self._make_table()
         return len(self) - before
 
@@ -285,8 +285,8 @@ class TokenizerBase:
             if role in ("additional_special_tokens", "extra_special_tokens"):
                 self.add_tokens(token, special_tokens=True)
             elif role in files.ROLES:
-                self.add_tokens(str(token), special_tokens=True)
-                self._roles[role] = str(token)
+                self.add_tokens(text_of(token), special_tokens=True)
+                self._roles[role] = text_of(token)
             else:
                 raise ValueError(f"{role!r} is none of the roles {', '.join(files.ROLES)}")
         return len(self) - before
@@ -305,6 +305,7 @@ class TokenizerBase:
         if token is None:
             self._roles.pop(role, None)
             return
+        token = text_of(token)
         if self._token_id(token) is None:
             raise ValueError(
                 f"{role} {token!r} is not in the vocabulary; "

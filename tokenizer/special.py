@@ -6,6 +6,18 @@ from functools import lru_cache
 from typing import Any
 
 
+def text_of(token: Any) -> str:
+    """The string that ``token`` is, or that it has as transformers' ``AddedToken`` does.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    text = getattr(token, "content", token)
+    if not isinstance(text, str):
+        raise ValueError(f"a token must be a string, found {token!r}")
+    return text
+
+
 class SpecialToken:
     """An attribute such as ``pad_token``: a token that stands in the vocabulary, or None."""
 

@@ -6,6 +6,7 @@ import logging
 import pickle
 
 import pytest
+import tokenizers
 
 from gpt2fast.tokenizer import GPT2Tokenizer
 from gpt2fast.tokenizer.vocab import MERGES_FILE, byte_alphabet, derive_encoder, parse_merges
@@ -110,6 +111,22 @@ def test_roles() -> None:
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
     }
+
+
+def test_a_token_is_a_string_or_transformers_own_kind() -> None:
+    padding = tokenizers.AddedToken("<pad>", special=True)
+    tokenizer = GPT2Tokenizer(pad_token=padding)
+    assert tokenizer.pad_token == "<pad>"
+    assert tokenizer.pad_token_id == 50257
+    assert tokenizer.add_special_tokens({"eos_token": tokenizers.AddedToken("<end>")}) == 1
+    tokenizer.bos_token = padding
+    assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<pad>", 50258)
+    assert pickle.loads(pickle.dumps(tokenizer)).special_tokens_map == tokenizer.special_tokens_map
+    for wrong in (5, b"<pad>"):
+        with pytest.raises(ValueError, match=str(wrong)):
+            GPT2Tokenizer(pad_token=wrong)
+        with pytest.raises(ValueError, match=str(wrong)):
+            tokenizer.add_tokens([wrong])
 
 
 def test_added_tokens() -> None:
