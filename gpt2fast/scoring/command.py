@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="JSON Lines (default: standard output)")
     output.add_argument(
-        "--resume", action="store_true", help="go on with --out, if there is one, after a kill"
+        "--resume",
+        action="store_true",
+        help="after a kill go on with --out, if there is one, behind the texts that are in it",
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
