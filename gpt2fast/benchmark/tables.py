@@ -127,7 +127,8 @@ def machine_line(record: dict[str, Any]) -> str:
     versions = record["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if versions.get(name))
     flags = ", ".join(record["flags"])
-    text = f"{record['processor']}, {record['threads']} threads ({flags}); {named}"
+    threads = f"{record['threads']} thread" + "s" * (record["threads"] != 1)
+    text = f"{record['processor']}, {threads} ({flags}); {named}"
     if limits:
         read, product = (
             sorted(limit[key]["p50"] for limit in limits)[len(limits) // 2] / 1e9

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gpt2fast.benchmark import cases, contest, loading, models, table
 from gpt2fast.benchmark.contest import DecodeCase, PrefillCase
@@ -305,6 +306,18 @@ def test_prefill_of_ours_is_transformers(tiny: str) -> None:
         contender.load()
         first.append(contender.prefill(rows))
     assert first[0] == first[1] == first[2]
+
+
+def test_compiled_peers_compute_the_model(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they have compiled, without the compiler, which takes a minute a function."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    names = (table.BASE, "transformers compiled", "compiled loop")
+    with closing(company(*((name, table.make(name, tiny, 1)) for name in names))) as there:
+        decoded = contest.decode(DecodeCase(tiny, "compiled", 20, NEW, CHUNK), there)
+        filled = contest.prefill(PrefillCase(tiny, "compiled", 2, 20, 1), names, there)
+    for record in (decoded, filled):
+        for name in names:
+            assert "times_base" in record["contenders"][name], record["contenders"][name]
 
 
 @pytest.mark.parametrize(
