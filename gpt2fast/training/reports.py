@@ -54,8 +54,10 @@ class Reports:
 
     def drop_after(self, step: int) -> None:
         """Forget what was logged after a checkpoint at ``step``: those steps are taken again."""
-        if not self.active or not self.path.is_file():
+        if not self.active:
             return
+        if not self.path.is_file():
+            self.start()
         kept = []
         for line in self.path.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill

@@ -283,7 +283,7 @@ class Trainer:
         # once, and the noise in a part follows from its place in the data.
         for number in range(settings.accumulate):
             start = self.cursor + (number * workers.count + workers.rank) * blocks
-            torch.manual_seed(derived_seed(settings.seed, _FOR_DROPOUT, start))
+            self._seed_dropout(derived_seed(settings.seed, _FOR_DROPOUT, start))
             rows = self.order.blocks(start, blocks).view(-1, self._row_tokens(progress))
             with workers.part(self.loss, last=number == settings.accumulate - 1):
                 loss = self.loss(rows.to(self.device), sample=sample) / settings.accumulate
@@ -301,6 +301,13 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         return total
+
+    def _seed_dropout(self, seed: int) -> None:
+        # This device's generator alone: torch.manual_seed goes through every kind of device.
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
 
     def _measure_peak(self) -> None:
         self.workers.sum(0.0)  # all at once, as they will train
