@@ -21,7 +21,7 @@ demo: $(VENV)/demo.stamp ## generate text from the bundled checkpoint, offline
 
 # Two processes of one thread: the tensors are small, and most of the time is Python's.
 test: $(VENV)/test.stamp ## run the tests; ARGS="-k name" reaches pytest
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 peers: $(VENV)/test.stamp ## run others' tests on this library; fails where the table was better
 	$(BIN)/python -m tests.peers $(ARGS)

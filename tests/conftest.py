@@ -32,7 +32,20 @@ def _seed() -> None:
         prepare_once_a_launch()
 
 
+# Files of long tests, which start first: with one of them at the end a process would wait for the
+# other alone. That the order is kept, `make test` asks of xdist.
+_LONG = {
+    "test_offline.py",
+    "test_train_run.py",
+    "test_triton_backend.py",
+    "test_engine_dependent.py",
+    "test_gpu_suite.py",
+    "test_distribution.py",
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONG)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
