@@ -25,7 +25,7 @@ _MEMORY = 0.05
 _PERPLEXITY = "perplexity over float32's"
 _QUANTILES = ("p20", "p50", "p80")
 # First words of contenders of ours, in any record.
-_OURS = (
+OF_OURS = (
     "gpt2fast",
     "ours",
     "accelerated",
@@ -34,6 +34,7 @@ _OURS = (
     "generate",
     "int8",
     "int4",
+    "fp8",
     "forms",
 )
 # Of the same machine both may speak.
@@ -62,7 +63,7 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
     found = {
         " / ".join(path): Figure(
             *values,
-            ours=any(part.startswith(_OURS) for part in path),
+            ours=any(part.startswith(OF_OURS) for part in path),
             least=_OF_PERPLEXITIES if path[-1] == _PERPLEXITY else LEAST,
         )
         for path, values in _walk(record, ())
@@ -164,10 +165,12 @@ def report(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, int]:
     common = changes(old, new)
     if not common:
         return "the records have no figure in common", 2
+    facts = [record.get("environment", record) for record in (old, new)]
+    told = [[fact.get(key) for fact in facts] for key in _SAME]
     lines = [
-        f"{key}: {old[key]} before, {new[key]} now: times of two machines are compared"
-        for key in _SAME
-        if key in old and key in new and old[key] != new[key]
+        f"{key}: {before} before, {now} now: times of two machines are compared"
+        for key, (before, now) in zip(_SAME, told, strict=True)
+        if before != now
     ]
     lost = [change for change in common if change.slower and change.new.ours]
     groups = (
@@ -179,8 +182,8 @@ def report(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, int]:
         if group:
             lines.append(f"{title}:")
             lines += [f"  {change}" for change in sorted(group, key=lambda c: -c.ratio)]
-    told = sum(len(group) for _, group in groups)
-    lines.append(f"{len(common) - told} of {len(common)} figures differ by no more than the noise")
+    named = sum(len(group) for _, group in groups)
+    lines.append(f"{len(common) - named} of {len(common)} figures differ by no more than the noise")
     return "\n".join(lines), int(bool(lost))
 
 

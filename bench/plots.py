@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.compare import OF_OURS
 from bench.suite.work import AGAIN as SUITE_AGAIN
 from gpt2fast.benchmark.models import weight_bytes
 from gpt2fast.benchmark.table import BARE, BASE, OURS
@@ -17,11 +18,15 @@ _LINES = ("#7f9bb8", "#8a77c4", "#4f9d69", "#c2636f", "#9a8c57", "#6b7785")
 Cases = list[dict[str, Any]]
 
 
+def facts(record: dict[str, Any]) -> dict[str, Any]:
+    """Where and with what a record was made; the suite's has it in a part of its own."""
+    found: dict[str, Any] = record.get("environment", record)
+    return found
+
+
 def is_ours(name: str) -> bool:
     """Whether a contender of any record is one of ours."""
-    return name.startswith(
-        ("gpt2fast", "ours", "accelerated", "graph", "persistent", "int8", "int4", "generate")
-    )
+    return name.startswith(OF_OURS)
 
 
 @contextmanager
@@ -44,7 +49,7 @@ def _figure(path: Path, record: dict[str, Any], panels: int, theme: str, height:
         for axis in axes[0]:
             axis.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
-        shown = {"Date": None, "Description": f"recorded {record['date']}"}
+        shown = {"Date": None, "Description": f"recorded {facts(record)['date']}"}
         figure.savefig(path, transparent=True, metadata=shown)
         plt.close(figure)
 
@@ -228,9 +233,16 @@ def _token_series(cases: Cases, key: str, value: Any) -> dict[str, list[tuple[fl
     return series
 
 
-# Plot -> the record of a folder that it is of, and how it is drawn.
+# Plot -> how it is drawn: of a record on a CPU that has its name, and of any record of the suite.
 CPU = {"decode": decode_bars, "prefill": prefill_lines, "ops": op_bars}
-GPU = {"ladder": ladder, "gpu-ops": op_bars}
+GPU = {"ladder": ladder, "ops": op_bars}
+
+
+def named(stem: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The plots of a record in a file of this name, by the names of their own files."""
+    if "parts" in record:
+        return {f"{stem}-{name}": make for name, make in GPU.items()}
+    return {stem: CPU[stem]} if stem in CPU else {}
 
 
 def draw(record: dict[str, Any], plots: dict[str, Any], folder: Path) -> list[str]:

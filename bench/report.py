@@ -72,7 +72,6 @@ _ALTS = {
     "prefill": "prompt tokens a second by the prompt's length",
     "ops": "every op's speed beside plain PyTorch",
     "ladder": "time of a token by context, and speed by batch",
-    "gpu-ops": "every op's speed beside plain PyTorch",
 }
 
 
@@ -191,13 +190,14 @@ def page(folder: Path) -> str:
     lines = ["# Records", "", "Made by `python -m bench.report --write` from the records here.", ""]
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        words = f"{record['date']}, commit {str(record['commit'])[:12]}, {record['processor']}"
+        facts = plots.facts(record)
+        device = (facts.get("gpu") or {}).get("name") or facts["processor"]
+        words = f"{facts['date']}, commit {str(facts['commit'])[:12]}, {device}"
         lines += [f"## {path.stem}", "", f"[{path.name}]({path.name}): {words}.", ""]
         lines += _suite_lines(record) if "parts" in record else _cpu_lines(path.stem, record)
-        for name in [*plots.CPU, *plots.GPU]:
-            mine = name in plots.GPU if "parts" in record else name == path.stem
-            if mine and (folder / f"{name}-light.svg").exists():
-                lines += [plots.picture(name, ".", _ALTS[name]), ""]
+        for name in plots.named(path.stem, record):
+            if (folder / f"{name}-light.svg").exists():
+                lines += [plots.picture(name, ".", _ALTS[name.rpartition("-")[2]]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -216,7 +216,8 @@ def _cpu_lines(name: str, record: dict[str, Any]) -> list[str]:
 def _suite_lines(record: dict[str, Any]) -> list[str]:
     """Of a record of the GPU suite."""
     parts = record["parts"]
-    lines = [f"- {name}: {part['status']}" for name, part in parts.items()]
+    lines = ["DRY RUN: the times mean nothing", ""] if record["dry_run"] else []
+    lines += [f"- {name}: {part['status']}" for name, part in parts.items()]
     limits = parts.get("limits", {})
     if "limits" in limits:
         lines += [f"- {line}" for line in limit_lines(limits["limits"])]
@@ -257,10 +258,7 @@ def draw(folder: Path) -> None:
     """The plots of a folder's records, beside them."""
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if "parts" in record:
-            plots.draw(record, plots.GPU, folder)
-        elif path.stem in plots.CPU:
-            plots.draw(record, {path.stem: plots.CPU[path.stem]}, folder)
+        plots.draw(record, plots.named(path.stem, record), folder)
 
 
 def main() -> None:

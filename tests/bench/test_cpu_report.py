@@ -185,20 +185,23 @@ def suite_record() -> dict[str, Any]:
         "decode": decode,
         "ops": {"status": "done", "cases": [op]},
     }
-    return {"date": "then", "commit": "c" * 40, "processor": "p", "parts": parts}
+    gpu = {"name": "NVIDIA H100"}
+    facts = {"date": "then", "commit": "c" * 40, "processor": "p", "gpu": gpu}
+    return {"environment": facts, "dry_run": False, "parts": parts}
 
 
 def test_a_record_of_the_gpu_suite_has_its_page_and_plots(tmp_path: Path) -> None:
     (tmp_path / "suite.json").write_text(json.dumps(suite_record()), encoding="utf-8")
     report.draw(tmp_path)
-    words, _ = drawn(tmp_path, "ladder")
+    words, _ = drawn(tmp_path, "suite-ladder")
     assert {"graph", "transformers", "roofline", "124M, batch 1", "context 512"} <= words
-    assert "layer_norm 8x8 bfloat16 forward" in drawn(tmp_path, "gpu-ops")[0]
+    assert "layer_norm 8x8 bfloat16 forward" in drawn(tmp_path, "suite-ops")[0]
     page = report.page(tmp_path)
+    assert "then, commit cccccccccccc, NVIDIA H100." in page
     assert "graph 100 (60%)" in page
     assert "layer_norm 8x8 bfloat16" in page
     assert "read 4000 GB/s" in page
-    assert "ladder-dark.svg" in page
+    assert "suite-ladder-dark.svg" in page
 
 
 def test_weights_are_those_of_the_products() -> None:

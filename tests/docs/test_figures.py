@@ -28,11 +28,11 @@ def test_page_beside_the_records_is_theirs(folder: Path) -> None:
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: f"{p.parent.name} {p.stem}")
 def test_plots_are_of_the_records_that_are_here(path: Path) -> None:
     record = json.loads(path.read_text(encoding="utf-8"))
-    names = list(plots.GPU) if "parts" in record else [n for n in plots.CPU if n == path.stem]
+    names = plots.named(path.stem, record)
     for file in (path.parent / f"{n}-{theme}.svg" for n in names for theme in plots.THEMES):
         if file.exists():
             text = file.read_text(encoding="utf-8")
-            assert f"recorded {record['date']}" in text, AGAIN
+            assert f"recorded {plots.facts(record)['date']}" in text, AGAIN
             assert len(text) < 100_000, file
 
 
