@@ -19,6 +19,16 @@ from gpt2fast.model import GPT2LMHeadModel
 from gpt2fast.quantized_layers import QuantizedHead
 
 _SAMPLED = 1024  # values of a weight, about, that tell it from another
+# What a configuration says about the numbers that no weight does.
+_FIELDS = (
+    "n_head",
+    "activation_function",
+    "layer_norm_epsilon",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "bos_token_id",
+)
 _TRANSFORMERS = ("transformers.models.gpt2.", "transformers.pytorch_utils", "torch.nn.modules.")
 
 
@@ -54,8 +64,9 @@ class ScoredModel:
             raise ValueError("the model is in training mode, with dropout: call model.eval()")
 
     def fingerprint(self) -> str:
-        """A hash of every weight's name, shape, dtype and a sample of its values."""
+        """A hash of every weight's name, shape, dtype and a sample of its values, and `_FIELDS`."""
         digest = hashlib.sha256()
+        digest.update(repr([getattr(self.config, name, None) for name in _FIELDS]).encode())
         for name, tensor in self._model.state_dict().items():
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
             values = tensor.detach().flatten()

@@ -166,7 +166,7 @@ class Scorer:
         return chain.from_iterable(self.groups(named))
 
     def fingerprint(self) -> str:
-        """A hash of the model: its configuration's sizes and a sample of every weight."""
+        """A hash of the model: of what its configuration computes, and a sample of each weight."""
         return self._model.fingerprint()
 
     def groups(
@@ -193,7 +193,8 @@ class Scorer:
         for name, text in named:
             scoring = self._prepare(name, text)
             group.append(scoring)
-            tokens += sum(window.inputs for window in scoring.windows)
+            # One more, so that texts with nothing to score fill a group too.
+            tokens += 1 + sum(window.inputs for window in scoring.windows)
             if tokens >= _LOOK_AHEAD * self.batch_tokens:
                 yield self._finish(group, progress)
                 group, tokens = [], 0

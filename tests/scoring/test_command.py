@@ -217,8 +217,10 @@ def test_it_goes_on_only_as_it_began(
     with torch.no_grad():
         other.transformer.h[1].mlp.c_fc.bias.add_(1e-3)
     other.save_pretrained(tmp_path / "other")
-    words = command(tmp_path / "other", file, "--out", out, "--resume")
-    assert failure(capsys, words).startswith(f"{out} was begun with model '")
+    GPT2LMHeadModel.from_pretrained(tiny, n_head=4).save_pretrained(tmp_path / "heads")
+    for name in ("other", "heads"):
+        words = command(tmp_path / name, file, "--out", out, "--resume")
+        assert failure(capsys, words).startswith(f"{out} was begun with model '")
     file.write_text(file.read_text() + '{"text": "more"}\n')
     words = command(tiny, file, "--out", out, "--resume")
     assert failure(capsys, words).startswith(f"{out} was begun with files '")

@@ -174,6 +174,8 @@ def test_a_stream_may_be_endless_and_keeps_its_order() -> None:
     endless = ([i % 50, 1, 2] * (i % 7) for i in itertools.count())
     found = [*itertools.islice(scorer.stream(endless), 300)]
     assert [s.token_ids for s in found] == [[i % 50, 1, 2] * (i % 7) for i in range(300)]
+    nothing: itertools.repeat[list[int]] = itertools.repeat([])
+    assert [s.n_scored for s in itertools.islice(scorer.stream(nothing), 2000)] == [0] * 2000
 
 
 def test_groups_begin_anew_and_progress_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
