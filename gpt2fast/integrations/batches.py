@@ -202,7 +202,7 @@ class ScoreBatch:
 
 
 def place() -> torch.device:
-    """The device of this process; in a Ray actor its number of threads is set as well.
+    """The device of this process, made its current one; in an actor its threads are set as well.
 
     In a Ray actor the GPU that Ray gave it, otherwise the CPU with as many threads as it has CPUs;
     under torchrun the GPU of the local rank, where there is one; otherwise the first GPU or the
@@ -220,7 +220,9 @@ def place() -> torch.device:
     count = torch.cuda.device_count()
     if not count:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _ids(batch: Columns, column: str, id_column: str | None) -> list[Any]:

@@ -149,9 +149,12 @@ def test_scores_are_those_of_the_scorer(folder: Path, drawing: GenerateBatch) ->
 def test_a_rank_of_torchrun_gets_its_own_gpu(
     monkeypatch: pytest.MonkeyPatch, count: int, rank: int, expected: str
 ) -> None:
+    chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     assert str(place()) == expected
+    assert [str(device) for device in chosen] == [expected] * (count > 0)
 
 
 def test_an_actor_with_a_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:

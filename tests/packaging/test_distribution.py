@@ -168,9 +168,17 @@ def test_wheel_metadata(checkout: Path, wheel: Path, version: str) -> None:
         *("ctranslate2", "gguf", "llama_cpp", "onnx", "onnxruntime", "pytorch_pretrained_bert"),
     }
     assert required == imported(checkout) - {"gpt2fast"} - optional
-    assert {"triton", "transformers", "train", "test", "bench", "peers", "dev"} == set(
-        metadata.get_all("Provides-Extra")
-    )
+    assert {
+        "triton",
+        "transformers",
+        "train",
+        "test",
+        "bench",
+        "peers",
+        "dev",
+        "ray",
+        "docs",
+    } == set(metadata.get_all("Provides-Extra"))
     assert metadata["Requires-Python"] == ">=3.10"
     assert any("data" in name for name in metadata.get_all("License-File"))
     assert "gpt2fast = gpt2fast.cli:main" in scripts
