@@ -79,9 +79,10 @@ def _made(path: Path, make: Callable[[Path], None]) -> Path:
 
 def checkpoint(name: str) -> Path:
     """Our checkpoint, with the vocabulary, which converters ask for."""
-    from gpt2fast.tokenizer import GPT2Tokenizer
 
     def make(path: Path) -> None:
+        from gpt2fast.tokenizer import GPT2Tokenizer
+
         weights(name).save_pretrained(path)
         GPT2Tokenizer().save_vocabulary(path)
 
@@ -91,9 +92,9 @@ def checkpoint(name: str) -> Path:
 def quantized(name: str, mode: str) -> Path:
     """A checkpoint of ours in a quantised mode."""
 
-    from gpt2fast import GPT2LMHeadModel
-
     def make(path: Path) -> None:
+        from gpt2fast import GPT2LMHeadModel
+
         model = GPT2LMHeadModel.from_pretrained(checkpoint(name), quantize=mode)
         model.save_pretrained(path)
 
@@ -102,25 +103,32 @@ def quantized(name: str, mode: str) -> Path:
 
 def ctranslate2(name: str, quantization: str) -> Path:
     """A folder of CTranslate2."""
-    from gpt2fast.benchmark.to_ctranslate2 import convert
 
-    return _made(
-        ROOT / name / f"ctranslate2-{quantization}",
-        lambda path: convert(checkpoint(name), path, quantization),
-    )
+    def make(path: Path) -> None:
+        from gpt2fast.benchmark.to_ctranslate2 import convert
+
+        convert(checkpoint(name), path, quantization)
+
+    return _made(ROOT / name / f"ctranslate2-{quantization}", make)
 
 
 def onnx(name: str, bits: int) -> Path:
     """A folder with ``model.onnx``, of 32, 8 or 4 bits."""
-    from gpt2fast.benchmark.to_onnx import convert
 
-    return _made(ROOT / name / f"onnx-{bits}", lambda path: convert(checkpoint(name), path, bits))
+    def make(path: Path) -> None:
+        from gpt2fast.benchmark.to_onnx import convert
+
+        convert(checkpoint(name), path, bits)
+
+    return _made(ROOT / name / f"onnx-{bits}", make)
 
 
 def gguf(name: str, kind: str) -> Path:
     """A file of llama.cpp; ``kind`` is the name of a format, such as Q8_0."""
-    from gpt2fast.benchmark.to_gguf import convert
 
-    return _made(
-        ROOT / name / f"model-{kind}.gguf", lambda path: convert(checkpoint(name), path, kind)
-    )
+    def make(path: Path) -> None:
+        from gpt2fast.benchmark.to_gguf import convert
+
+        convert(checkpoint(name), path, kind)
+
+    return _made(ROOT / name / f"model-{kind}.gguf", make)
