@@ -25,10 +25,19 @@ def run(which: str) -> table.Outcomes:
         surroundings |= {"HF_HUB_OFFLINE": "1", "HF_HOME": scratch}
         command = [sys.executable, "-m", "pytest", "--config-file=tests/peers/run.ini"]
         command += ["-p", "tests.peers.outcomes", "--numprocesses=2", "--dist=worksteal", "-qq"]
-        command += ["--tb=no", "--no-summary", "--disable-warnings", "tests/peers"]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **surroundings}, check=False)
+        command += ["--tb=no", "--disable-warnings", "tests/peers"]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **surroundings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         # 1 means that tests failed; what that is worth, the table says.
         if done.returncode not in (0, 1):
+            print(done.stdout)
             raise SystemExit(f"others' tests did not run: pytest ended with {done.returncode}")
         outcomes: table.Outcomes = json.loads(output.read_text())
         return outcomes

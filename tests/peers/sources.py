@@ -77,9 +77,5 @@ def unpack(archive: Path, folder: Path) -> None:
             target = (base / member.name).resolve()
             if not (member.isfile() or member.isdir()) or not target.is_relative_to(base):
                 raise ValueError(f"{archive.name} holds {member.name!r}, which is not unpacked")
-            # Ordinary rights, whatever the archive says.
-            member.mode = 0o755 if member.isdir() else 0o644
-            member.uid = member.gid = 0
-            member.uname = member.gname = ""
-        # Each was checked above; Python 3.10 to 3.13 differ in what else they would check.
-        tar.extractall(base, members)
+        # It drops owners and dangerous rights as well.
+        tar.extractall(base, members, filter="data")

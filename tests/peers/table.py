@@ -68,8 +68,8 @@ def page(ours: Outcomes, control: Outcomes, versions: dict[str, str]) -> str:
         "",
         "Of its tests transformers' distribution carries the files at the top: not those of",
         "generation, of GPT-2 itself, of pipelines and of export, nor what they need. Earlier ones",
-        "carry as little, and those of pytorch-transformers 1.2.0 and pytorch-pretrained-bert 0.6.2",
-        "no test at all. Slow tests and those for several devices are skipped, as their authors do.",
+        "carry no more; pytorch-transformers 1.2.0 and pytorch-pretrained-bert 0.6.2 carry none.",
+        "Slow tests and those for several devices are skipped, as their authors do.",
         "",
         "|  | passed | skipped | failed | control: passed | skipped | failed |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -90,10 +90,10 @@ def page(ours: Outcomes, control: Outcomes, versions: dict[str, str]) -> str:
         skipped = Counter(o for o in ours[suite].values() if kind(o) == "skipped")
         lines += ["", f"## {suite}", ""]
         for reason, tests in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-            names = ", ".join(
-                f"`{test.rpartition('::')[2].removeprefix('test_')}`" for test in tests
-            )
-            lines += [f"- {len(tests)} failed, {reason}: {names}"]
+            # Of tests that two classes have, the name once.
+            names = dict.fromkeys(t.rpartition("::")[2].removeprefix("test_") for t in tests)
+            quoted = ", ".join(f"`{name}`" for name in names)
+            lines += [f"- {len(tests)} failed, {reason}: {quoted}"]
         for outcome, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0])):
             lines += [f"- {count} skipped: {outcome.partition(': ')[2]}"]
         both = [t for t in sorted(failed) if kind(control[suite].get(t, "missing")) == "failed"]

@@ -37,7 +37,7 @@ def test_the_tests_alone_are_unpacked(tmp_path: Path) -> None:
     sources.unpack(archive, tmp_path / "out")
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert files == [tmp_path / "out/a-1/tests/test_a.py"]
-    assert files[0].stat().st_mode & 0o7777 == 0o644
+    assert files[0].stat().st_mode & 0o7022 == 0
 
 
 @pytest.mark.parametrize(
