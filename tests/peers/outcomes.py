@@ -27,7 +27,6 @@ class Recorder:
         # Of tests whose subtests are reported one by one: the kinds that occurred.
         self.subtests: dict[str, set[str]] = {}
 
-    @pytest.hookimpl
     def pytest_runtest_logreport(self, report: Any) -> None:
         if isinstance(report, pytest.SubtestReport):
             self.subtests.setdefault(report.nodeid, set()).add(report.outcome)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+from transformers.testing_utils import torch_device
 
 from tests.peers.carried import import_carried
 from tests.peers.outcomes import CONTROL
@@ -88,10 +89,10 @@ class ModelTester:
         shape = (self.batch_size, self.seq_length)
         # Without the last id, which is padding: a classifier looks for it.
         inputs = {
-            "input_ids": torch.randint(self.vocab_size - 1, shape),
+            "input_ids": torch.randint(self.vocab_size - 1, shape, device=torch_device),
             # Few, because tests shrink the embedding that they share with the text.
-            "token_type_ids": torch.randint(2, shape),
-            "attention_mask": torch.ones(shape, dtype=torch.int64),
+            "token_type_ids": torch.randint(2, shape, device=torch_device),
+            "attention_mask": torch.ones(shape, dtype=torch.int64, device=torch_device),
         }
         return self.get_config(), inputs
 
@@ -125,5 +126,5 @@ class GPT2DoubleHeadsModelTest(_common.ModelTesterMixin, unittest.TestCase):
                 name: tensor[:, None].repeat(1, choices, 1) for name, tensor in inputs.items()
             }
             inputs["labels"] = inputs["input_ids"].clone()
-            inputs["mc_labels"] = torch.zeros(self.model_tester.batch_size, dtype=torch.int64)
+            inputs["mc_labels"] = torch.zeros_like(inputs["labels"][:, 0, 0])
         return inputs
