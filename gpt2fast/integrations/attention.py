@@ -8,12 +8,14 @@ Both hand to transformers' own functions for SDPA what our kernels do not serve,
 everything. On a GPU the mask of a padded batch stays ``[B, S]``, which our kernels test as they go.
 """
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2 import modeling_gpt2
 
 from gpt2fast import kernels
 from gpt2fast.kernels.backend import serves
@@ -24,6 +26,9 @@ except ImportError:  # before 4.53
     masking_utils = None
 
 NAME = "gpt2fast"
+
+# Whether the caller wants the weights, in those versions where "sdpa" then gives way to "eager".
+WEIGHTS: ContextVar[bool] = ContextVar("weights", default=False)
 
 
 def register() -> None:
@@ -42,8 +47,9 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    head_mask: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """As transformers calls an attention function.
 
     Args:
@@ -51,8 +57,13 @@ def attention_forward(
         attention_mask: None, what `attention_mask` returns, or a complete 4-D mask.
 
     Returns:
-        ``[B, T, H, D]``, and None where others return the weights.
+        ``[B, T, H, D]``, and the weights, or None where nobody wants them.
     """
+    if head_mask is not None or WEIGHTS.get():
+        output, weights = modeling_gpt2.eager_attention_forward(
+            module, query, key, value, attention_mask, head_mask=head_mask
+        )
+        return output, weights
     short = attention_mask is not None and attention_mask.dim() == 2
     causal = module.is_causal if is_causal is None else is_causal
     if short or (

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.gpt2 import modeling_gpt2
 
 from gpt2fast import kernels
-from gpt2fast.integrations.attention import NAME
+from gpt2fast.integrations.attention import NAME, WEIGHTS
 from gpt2fast.integrations.decoding import Generates
 from gpt2fast.integrations.deferred import DeferredLogits
 from gpt2fast.layers import drops, is_plain
@@ -39,6 +39,8 @@ _LABELLED: ContextVar[bool] = ContextVar("labelled", default=False)
 _BLOCKS_RETURN_TENSORS = (
     "output_attentions" not in inspect.signature(modeling_gpt2.GPT2Block.forward).parameters
 )
+# "sdpa" gives way to "eager" where weights or a head mask are asked for.
+_FALLS_BACK = "Falling back to" in inspect.getsource(modeling_gpt2.GPT2Attention.forward)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -90,6 +92,12 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Attends on the packed projection where there is no past, else as transformers does."""
         past = kwargs.get("past_key_values")
+        if _FALLS_BACK and self.config._attn_implementation == NAME:
+            token = WEIGHTS.set(bool(kwargs.get("output_attentions")))
+            try:
+                return super().forward(hidden_states, *args, **kwargs)
+            finally:
+                WEIGHTS.reset(token)
         if args or not self._attends_packed(past, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         qkv = self.c_attn(hidden_states)
