@@ -5,9 +5,9 @@
     python -m bench.run --minutes 10 decode loading
 
 No case begins after its benchmark's share has passed, so the last of them may end a few minutes
-later, on the account of those after it; what a benchmark leaves goes to them as well. What there was
-no time for is named in the record. Models are built before the clock starts. Afterwards `python -m bench.report --write` makes
-the README's tables and the plots of the records.
+later, on the account of those after it; what a benchmark leaves goes to them as well. What there
+was no time for is named in the record. Models are built before the clock starts. Afterwards
+`python -m bench.report --write` makes the README's tables and the plots of the records.
 
 Exit status: 0; 1 where a benchmark failed.
 """
