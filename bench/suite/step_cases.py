@@ -121,8 +121,8 @@ _CPU: tuple[Any, ...] = (
     (TRAINING, TRAINING, "gpt2", 1, 256, _CPU_STEP, {"rounds": 3}),
     (TRAINING, TRAINING, "gpt2", 4, 256, (OURS, SDPA, TUNED), {"rounds": 2}),
     (
-        *(SCORING, SCORING, "gpt2", 24, 512, (OURS, f"{OURS} again", SDPA, SORTED, TUNED)),
-        {"rounds": 3, "mixed": True},
+        *(SCORING, SCORING, "gpt2", 24, 512, (OURS, f"{OURS} again", SDPA, SORTED)),
+        {"rounds": 2, "mixed": True},
     ),
     (SCORING, SCORING, "gpt2", 16, 1024, (OURS, SDPA), {"rounds": 1}),
     (ACCELERATE, TRAINING, "gpt2", 1, 256, _CPU_ITSELF, {"rounds": 4}),

@@ -33,7 +33,10 @@ def start(out: Path, *arguments: str) -> "subprocess.Popen[str]":
 def run(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     """Exit status, record and output."""
     process = start(out, *arguments)
-    output, errors = process.communicate(timeout=300)
+    try:
+        output, errors = process.communicate(timeout=500)
+    finally:
+        process.terminate()  # which ends its parts too
     record = json.loads(out.read_text()) if out.exists() else {}
     return process.returncode, record, output + errors
 
