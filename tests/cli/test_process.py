@@ -51,7 +51,8 @@ def test_help_version_and_mistakes_load_no_torch() -> None:
 import contextlib, sys
 from gpt2fast.cli import main
 for words in (["--help"], ["--version"], ["generate", "--help"], ["train", "--help"], ["tell"],
-              ["generate", "--top-k", "x"], ["score", "--help"], ["score", "--stride", "0", "a.txt"]):
+              ["generate", "--top-k", "x"], ["score", "--help"],
+              ["score", "--stride", "0", "a.txt"]):
     with contextlib.suppress(SystemExit):
         main(words)
 main(["generate", ""])
