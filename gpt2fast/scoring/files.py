@@ -19,8 +19,6 @@ from typing import Any
 from gpt2fast.scoring.scorer import checked_ids
 from gpt2fast.training.data import split_documents
 
-SUFFIXES = (".txt", ".jsonl")
-
 
 @dataclass(frozen=True)
 class Record:
@@ -41,7 +39,7 @@ def read(path: Path) -> Iterator[Record]:
     """The texts of a file, in order.
 
     Raises:
-        ValueError: a line is not UTF-8, no JSON, or no text; an ending other than `SUFFIXES`.
+        ValueError: a line is not UTF-8, no JSON, or no text; another ending.
         OSError: it cannot be read.
     """
     if path.suffix == ".txt":
@@ -100,7 +98,7 @@ def _read_lines(path: Path) -> Iterator[Record]:
                 raise ValueError(f"{place}: not JSON: {error}") from error
             text = _text(place, value)
             labels = {"file": str(path), "line": number}
-            yield Record(place, text, labels | ({"id": value["id"]} if "id" in value else {}))
+            yield Record(place, text, labels | _id(place, value))
 
 
 def _text(place: str, value: Any) -> Any:
@@ -113,6 +111,16 @@ def _text(place: str, value: Any) -> Any:
     if "token_ids" in value and not isinstance(text, list):
         raise ValueError(f'{place}: "token_ids" must be a list; got {type(text).__name__}')
     return text
+
+
+def _id(place: str, value: dict[str, Any]) -> dict[str, Any]:
+    if "id" not in value:
+        return {}
+    try:
+        json.dumps(value["id"], allow_nan=False)  # as the result will be written
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{place}: "id" cannot be written as JSON: {error}') from error
+    return {"id": value["id"]}
 
 
 def _where(error: UnicodeDecodeError) -> str:

@@ -47,13 +47,16 @@ class ScoredModel:
             TypeError: it has no body and head of GPT-2's names.
             ValueError: it would drop out at random, or reads a prompt of its own before the text.
         """
-        if not all(hasattr(model, name) for name in ("transformer", "lm_head", "config")):
+        found = all(hasattr(model, name) for name in ("transformer", "lm_head"))
+        if not found or not hasattr(getattr(model, "config", None), "n_positions"):
             raise TypeError(
                 f"expected the name of a model or a GPT2LMHeadModel; got {type(model).__name__}"
             )
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError("an adapter that learns a prompt cannot be scored with")
+        model = getattr(model, "_orig_mod", model)  # compiled: it would be again for every length
         self._model: Any = _on_our_kernels(model)
+        self._whole = _has_own_forward(self._model)
         self.config: Any = self._model.config
         self.device = next(model.parameters()).device
 
@@ -95,8 +98,11 @@ class ScoredModel:
         counts = [len(row) - first for row, first in zip(rows, firsts, strict=True)]
         if not isinstance(self._model, GPT2LMHeadModel):
             ids = ids.to(self.device)  # ours checks them where they are, and then moves them
-        body = self._model.transformer(input_ids=ids, use_cache=False)
-        hidden = (body[0] if isinstance(body, tuple) else body.last_hidden_state).flatten(0, 1)
+        part, name = self._model.transformer, "last_hidden_state"
+        if self._whole:
+            part, name = self._model, "logits"
+        output = part(input_ids=ids, use_cache=False)
+        hidden = (output[0] if isinstance(output, tuple) else getattr(output, name)).flatten(0, 1)
         if sum(counts) < len(hidden):
             starts = [i * width + first - 1 for i, first in enumerate(firsts)]
             spans = [torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
@@ -106,8 +112,8 @@ class ScoredModel:
         return 0 - self._losses(hidden, targets.to(hidden.device)).clamp_min(0)
 
     def _losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy ``[N]`` of hidden ``[N, C]``, in float32."""
-        head = self._model.lm_head
+        """Cross-entropy ``[N]`` of hidden ``[N, C]``, or of logits ``[N, V]``, in float32."""
+        head = nn.Identity() if self._whole else self._model.lm_head
         weight: Tensor | None = None
         if is_plain(head, nn.Linear) and head.bias is None:
             weight = head.weight
@@ -121,6 +127,21 @@ class ScoredModel:
             logits = head(hidden[rows]).float()
             losses[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
         return losses
+
+
+def _has_own_forward(model: nn.Module) -> bool:
+    """Whether a model's logits may be others than its head's on its body's hidden states.
+
+    So they may where its forward pass is hooked, or that of a class of the user's own.
+    """
+    wrapped = (module for module in model.modules() if "lm_head" in module._modules)
+    for module in (model, *wrapped):
+        kind = type(module)
+        source = next(base.__module__ for base in kind.__mro__ if "forward" in vars(base))
+        known = source.startswith(("gpt2fast.", "transformers.", "peft."))
+        if not known or not is_plain(module, kind):
+            return True
+    return False
 
 
 def load(

@@ -264,6 +264,8 @@ def test_damaged_outputs(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
             "token ids must be integers in [0, 50257); got nan at position 0",
         ),
         (b'{"token_ids": [true]}', "token ids must be integers in [0, 50257); got True at "),
+        (b'{"text": "a", "id": NaN}', '"id" cannot be written as JSON: Out of range float values'),
+        (b'{"text": "a", "id": [1e999]}', '"id" cannot be written as JSON: Out of range float '),
     ],
     ids=lambda value: value[:20].decode("latin-1") if isinstance(value, bytes) else "",
 )

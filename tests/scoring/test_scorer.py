@@ -111,7 +111,25 @@ def wrapped(model: Any) -> None:
     model.lm_head = nn.Sequential(model.lm_head, nn.Softplus())
 
 
-@pytest.mark.parametrize("change", [hooked, biased, wrapped])
+def hooked_whole(model: Any) -> None:
+    def double(module: Any, args: Any, out: Any) -> Any:
+        out.logits = out.logits * 2
+        return out
+
+    model.register_forward_hook(double)
+
+
+def subclassed(model: Any) -> None:
+    class Doubled(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **options: Any) -> Any:
+            out = super().forward(*args, **options)
+            out.logits = out.logits * 2
+            return out
+
+    model.__class__ = Doubled
+
+
+@pytest.mark.parametrize("change", [hooked, biased, wrapped, hooked_whole, subclassed])
 @pytest.mark.parametrize("source", ["ours", "transformers"])
 def test_changed_models_run_as_they_are(source: str, change: Callable[[Any], None]) -> None:
     ours, theirs = pair()
@@ -281,6 +299,10 @@ def test_bad_settings(tiny: Path) -> None:
             call()
     with pytest.raises(TypeError, match=r"^expected the name of a model or a GPT2LMHeadModel; got"):
         Scorer(nn.Linear(2, 2))
+    foreign = GPT2LMHeadModel.from_pretrained(tiny)
+    foreign.config = type("Config", (), {"vocab_size": 97})()  # as of GPT-Neo
+    with pytest.raises(TypeError, match=r"^expected the name of a model or a GPT2LMHeadModel; got"):
+        Scorer(foreign)
     prompted: Any = model.eval()
     prompted.active_peft_config = type("Config", (), {"is_prompt_learning": True})()
     with pytest.raises(ValueError, match=r"^an adapter that learns a prompt"):
