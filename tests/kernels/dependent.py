@@ -14,7 +14,7 @@ from torch import Tensor
 from gpt2fast.kernels.decode_state import DecodeState
 from gpt2fast.kernels.decode_step import StepBuffers, evaluate, select_and_commit
 from gpt2fast.kernels.packing import DecodeWeights, Matrix
-from tests.kernels import offline
+from tests.kernels import offline_compile
 from tests.kernels.exchange import machine_code
 from tests.kernels.offline_cases import empty
 
@@ -56,14 +56,14 @@ def weights(
 def main() -> None:
     code: dict[int, list[tuple[str, list[str]]]] = {}
     for rows in ROWS:
-        with offline.compiling(90) as launched:
+        with offline_compile.compiling(90) as launched:
             model = weights(256, 1, 4, 1024)
             state = DecodeState.empty(2, 1024, 1024, torch.device("meta"))
             buffers = StepBuffers.allocate(model, rows, 4)
             evaluate(model, state, empty(1, 2, 2, 4, 1024, 64), buffers, greedy=True, pdl=True)
             select_and_commit(state, buffers, 0, greedy=True, pdl=True)
-        kernels = {launch.kernel.hash: launch.kernel for launch in launched}.values()
-        code[rows] = [(k.metadata.name, machine_code(k.asm["cubin"])) for k in kernels]
+        distinct = {launch.key: launch for launch in launched}.values()
+        code[rows] = [(one.name, machine_code(one.kernel.asm["cubin"])) for one in distinct]
     print(json.dumps(code))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt2fast.kernels._triton.engine.barrier import arrive, first_epoch, hold, prefetch, wait
 from gpt2fast.kernels._triton.target import CHIPS
-from tests.kernels import offline
+from tests.kernels import offline_compile
 
 WARPS = 8
 
@@ -68,7 +68,7 @@ def exchange(rounds: int, programs: int, device: torch.device, launches: int, bu
 
 def machine_code(cubin: bytes) -> list[str]:
     """The instructions, without their addresses and the compiler's annotations."""
-    sass = offline._cuobjdump(cubin, "-sass")
+    sass = offline_compile.cuobjdump(cubin, "-sass")
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass, re.M)
     return [f"{address} {instruction}" for address, instruction in found]
 
@@ -76,7 +76,7 @@ def machine_code(cubin: bytes) -> list[str]:
 def main() -> None:
     code = {}
     for chip in map(int, sys.argv[1:]):
-        with offline.compiling(chip) as launched:
+        with offline_compile.compiling(chip) as launched:
             exchange(3, 108, torch.device("meta"), 1, CHIPS[chip].has_tma)
         code[chip] = machine_code(launched[0].kernel.asm["cubin"])
     print(json.dumps(code))

@@ -1,240 +1,132 @@
 """Compile every kernel, in every configuration, for GPUs that are not there.
 
-    python -m tests.kernels.offline [--chips 80 90 100] [--only TEXT] [--without TEXT]
-                                    [--json FILE] [--jobs N]
+    python -m tests.kernels.offline [--chips 80 90 100] [--only TEXT] [--json FILE] [--jobs N]
+    python -m tests.kernels.offline --write
+    python -m tests.kernels.offline --recorded --json FILE
 
-The launchers run as they are, on meta tensors of real sizes: Triton's driver is replaced by one
-that names the chip and launches nothing, so what is compiled (to a cubin, ptxas included) is what a
-GPU of that kind would get. Read from the cubin: registers, stack and local memory (spills), shared
-memory, and the instructions that matter.
+The first compiles, and prints a table and what is wrong. The second writes the record
+(`offline_record`) and compiles what is not in it: about half an hour of one core where that is
+everything. The third judges by the record, as the tests do, and compiles a sample.
 """
 
 import argparse
-import contextlib
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterator
+import time
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gpt2fast.kernels._triton import target
-from tests.kernels import offline_decode
-from tests.kernels.offline_cases import CASES
-
-CASES.update(offline_decode.CASES)
-
-# SASS mnemonics by what they tell; a column of the table each, but for spills.
-INSTRUCTIONS = {
-    "HMMA": r"HMMA",
-    "HGMMA": r"HGMMA",
-    "UTC*MMA": r"UTC[A-Z]*MMA",
-    "tile load": r"UTMALDG",
-    "async copy": r"LDGSTS",
-    "async copy 16 B": r"LDGSTS(?:\.\w+)*\.128\b",
-    "load": r"LDG(?!STS)",
-    "load 16 B": r"LDG(?:\.\w+)*\.(?:128|256)\b",
-    "store": r"STG",
-    "store 16 B": r"STG(?:\.\w+)*\.(?:128|256)\b",
-    "spill": r"STL|LDL",
-}
+from tests.kernels import offline_record
+from tests.kernels.offline_compile import CASES, Compiled, Launch, compiled, launches, measure
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel in one configuration on one chip; descriptors: how many of its arguments are."""
+def _measure(job: tuple[str, int, set[str]]) -> dict[str, dict[str, Any]]:
+    """Those of a case's launches on a chip with the given keys."""
+    case, chip, keys = job
+    found = {}
+    for launch in launches(case, chip):
+        if launch.key in keys:
+            start = time.monotonic()
+            try:
+                found[launch.key] = measure(launch)
+            except Exception as error:
+                raise RuntimeError(f"{case} does not compile for sm_{chip}: {error}") from error
+            seconds = time.monotonic() - start
+            print(f"{case}, {launch.name}, sm_{chip}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    return found
 
-    case: str
-    kernel: str
-    chip: int
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-    descriptors: int
-    registers: int
-    stack: int
-    local: int
-    shared: int
-    instructions: dict[str, int]
 
-    @property
-    def problems(self) -> list[str]:
-        """What keeps it from being fit to run."""
-        found = []
-        if self.stack or self.local or self.instructions["spill"]:
-            found.append(
-                f"spills: {self.stack} B of stack, {self.local} B of local memory, "
-                f"{self.instructions['spill']} spilling instructions"
-            )
-        room = target.CHIPS[self.chip].shared_memory
-        if self.shared > room:
-            found.append(f"{self.shared} B of shared memory, the chip has {room}")
+def measure_all(
+    named: list[tuple[str, Launch]], wanted: set[str], jobs: int
+) -> dict[str, dict[str, Any]]:
+    """``{key: measured}`` of the wanted keys; jobs: processes."""
+    by_case = defaultdict(set)
+    for key, (case, launch) in {launch.key: (case, launch) for case, launch in named}.items():
+        if key in wanted:
+            by_case[case, launch.chip].add(key)
+    work = [(*pair, keys) for pair, keys in by_case.items()]
+    found: dict[str, dict[str, Any]] = {}
+    if jobs == 1:
+        for job in work:
+            found.update(_measure(job))
         return found
-
-
-class _OfflineDriver:
-    """A Triton driver for a chip that is not there."""
-
-    def __init__(self, chip: int) -> None:
-        self.chip = chip
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.chip, 32)
-
-    def get_current_device(self) -> int:
-        return self.chip  # Triton keeps compiled kernels by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-
-@dataclass(frozen=True)
-class _Launch:
-    kernel: Any
-    keywords: dict[str, Any]
-    descriptors: int
-
-
-@contextlib.contextmanager
-def compiling(chip: int) -> Iterator[list[_Launch]]:
-    """Within, launches compile for ``chip``; yields the list of them that they fill."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    launched: list[_Launch] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **keywords)
-        descriptors = sum(isinstance(value, TensorDescriptor) for value in args)
-        launched.append(_Launch(kernel, keywords, descriptors))
-        return kernel
-
-    before = driver._active
-    driver.set_active(_OfflineDriver(chip))
-    JITFunction.run = compile_only  # type: ignore[method-assign]
-    try:
-        with target.assume(target.CHIPS[chip]):
-            yield launched
-    finally:
-        JITFunction.run = run
-        driver._active = before
-
-
-def _cuobjdump(cubin: bytes, *options: str) -> str:
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = knobs.nvidia.cuobjdump.path
-        return subprocess.run(
-            [tool, *options, file.name], capture_output=True, text=True, check=True
-        ).stdout
-
-
-def _inspect(case: str, chip: int, launch: _Launch) -> Compiled:
-    """Read a compiled kernel's cubin."""
-    kernel = launch.kernel
-    usage = dict(
-        re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump(kernel.asm["cubin"], "-res-usage"))
-    )
-    sass = _cuobjdump(kernel.asm["cubin"], "-sass")
-    mnemonics = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([\w.]+)", sass, re.M))
-    counts = {
-        name: sum(n for mnemonic, n in mnemonics.items() if re.match(pattern, mnemonic))
-        for name, pattern in INSTRUCTIONS.items()
-    }
-    metadata = kernel.metadata
-    constants = {name: value for name, value in launch.keywords.items() if name.isupper()}
-    return Compiled(
-        case=case,
-        kernel=metadata.name,
-        chip=chip,
-        constants=constants,
-        warps=metadata.num_warps,
-        stages=metadata.num_stages,
-        descriptors=launch.descriptors,
-        registers=int(usage["REG"]),
-        stack=int(usage["STACK"]),
-        local=int(usage["LOCAL"]),
-        shared=metadata.shared,
-        instructions=counts,
-    )
-
-
-def compile_case(name: str, chip: int) -> list[Compiled]:
-    """Every distinct kernel that the case launches on the chip."""
-    with compiling(chip) as launched:
-        CASES[name]()
-    distinct = {launch.kernel.hash: launch for launch in launched}
-    return [_inspect(name, chip, launch) for launch in distinct.values()]
-
-
-def _compile_pair(pair: tuple[str, int]) -> list[Compiled]:
-    try:
-        return compile_case(*pair)
-    except Exception as error:
-        raise RuntimeError(f"{pair[0]} does not compile for sm_{pair[1]}: {error}") from error
-
-
-def table(compiled: list[Compiled]) -> str:
-    """The results as Markdown."""
-    columns = [name for name in INSTRUCTIONS if name != "spill"]
-    head = ["case", "kernel", "chip", "warps", "stages", "registers", "shared B", *columns]
-    rows = [
-        [
-            c.case,
-            c.kernel.strip("_"),
-            f"sm_{c.chip}",
-            c.warps,
-            c.stages,
-            c.registers,
-            c.shared,
-            *(c.instructions[name] for name in columns),
-        ]
-        for c in compiled
-    ]
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for part in pool.map(_measure, work):
+            found.update(part)
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chips", type=int, nargs="+", default=sorted(target.CHIPS))
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--without", default="\n", help="cases whose name does not contain this")
-    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--recorded", action="store_true", help="compile a sample of what is recorded")
+    how.add_argument(
+        "--write", action="store_true", help="bring the record and its table up to date"
+    )
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    names = [name for name in CASES if options.only in name and options.without not in name]
-    pairs = [(name, chip) for name in names for chip in options.chips]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        compiled = [c for group in pool.map(_compile_pair, pairs) for c in group]
-    print(table(compiled))
-    problems = [f"{c.case}, {c.kernel}, sm_{c.chip}: {p}" for c in compiled for p in c.problems]
+    # Not what an earlier run has left on disk, unless that is asked for.
+    os.environ.setdefault("TRITON_ALWAYS_COMPILE", "1")
+    if options.write and (options.only or set(options.chips) != set(target.CHIPS)):
+        raise SystemExit("--write is for all cases and chips")
+    named = [
+        (case, launch)
+        for case in CASES
+        if options.only in case
+        for chip in options.chips
+        for launch in launches(case, chip)
+    ]
+    keys = {launch.key for _, launch in named}
+    kept = offline_record.read()["kernels"] if options.recorded or options.write else {}
+    recorded = {key: offline_record.measured(kept[key]) for key in keys & set(kept)}
+    sampled: set[str] = set()
+    if options.recorded:
+        sampled = offline_record.sample([launch for _, launch in named], recorded)
+    afresh = measure_all(named, (keys - set(recorded)) | sampled, options.jobs)
+    known = afresh | recorded
+    all_compiled = [compiled(case, launch, known[launch.key]) for case, launch in named]
+    if options.write:
+        offline_record.RECORD.write_text(offline_record.record(all_compiled))
+        offline_record.TABLE.write_text(offline_record.page(all_compiled))
+    problems = _report(all_compiled)
     if options.json:
-        records = [{**asdict(c), "problems": c.problems} for c in compiled]
-        options.json.write_text(json.dumps(records, indent=1))
-    print("\n".join(problems) or "no spills, and all within the chips' shared memory")
+        result = {
+            "compiled": [{**asdict(c), "problems": c.problems} for c in all_compiled],
+            "tools": offline_record.tools(),
+            "page": offline_record.page(all_compiled),
+            "sampled": sorted(sampled),
+            "missing": sorted(keys - set(kept)),
+            "unused": sorted(set(kept) - keys),
+            "untrue": sorted(
+                key for key in recorded.keys() & afresh if recorded[key] != afresh[key]
+            ),
+        }
+        options.json.write_text(json.dumps(result, indent=1))
     return bool(problems)
+
+
+def _report(all_compiled: list[Compiled]) -> list[str]:
+    """Print the table and the problems; returns those that are not known."""
+    print(offline_record.table(all_compiled))
+    problems = [
+        f"{c.case}, {c.kernel}, sm_{c.chip}: {problem}"
+        for c in all_compiled
+        for problem in c.problems
+        if c.case not in offline_record.KNOWN_SPILLS
+    ]
+    print("\n".join(problems) or "no spills, and all within the chips' shared memory")
+    return problems
 
 
 if __name__ == "__main__":

@@ -337,3 +337,4 @@ def _engine_persistent(width: int, rows: int) -> None:
 
 
 CASES["engine persistent"] = lambda: _engine_persistent(768, 1)
+CASES["engine persistent, 4 rows"] = lambda: _engine_persistent(768, 4)

@@ -154,11 +154,11 @@ def test_refuses_what_it_cannot_do() -> None:
 
 SCRIPT = """
 import json
-from tests.kernels import offline
+from tests.kernels import offline_compile
 from tests.kernels.exchange import machine_code
 from tests.kernels.offline_cases import CASES
 
-with offline.compiling(90) as launched:
+with offline_compile.compiling(90) as launched:
     CASES["engine persistent"]()
 print(json.dumps(machine_code(launched[0].kernel.asm["cubin"])))
 """
