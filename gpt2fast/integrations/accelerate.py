@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -93,7 +94,7 @@ def restore(model: _Module) -> _Module:
         for module in root.modules():
             original = modules.ORIGINALS.get(type(module))
             if original is not None:
-                module.__class__ = original
+                _set_class(module, original)
         vars(root).pop(_GENERATES, None)
         _reset_config(model, root, attention.NAME)
     return model
@@ -127,18 +128,26 @@ def _set_classes(root: Any, generate: bool) -> None:
 
     head = modules.HEADS.get(type(root))
     if head is not None:
-        root.__class__ = head
+        _set_class(root, head)
     if isinstance(root, modules.GPT2LMHeadModel):
         setattr(root, _GENERATES, generate)
     lm_head = getattr(root, "lm_head", None)
     if type(lm_head) is nn.Linear:
-        lm_head.__class__ = modules.Linear
+        _set_class(lm_head, modules.Linear)
     for body in root.modules():
         if isinstance(body, modeling_gpt2.GPT2Model):
             for module in body.modules():
                 layer = modules.LAYERS.get(type(module))
                 if layer is not None:
-                    module.__class__ = layer
+                    _set_class(module, layer)
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    # The hooks of a device map keep the forward pass that they have replaced.
+    held = vars(module).get("_old_forward")
+    if getattr(held, "__func__", None) is type(module).forward:
+        vars(module)["_old_forward"] = MethodType(cls.forward, module)
+    module.__class__ = cls
 
 
 def _set_config(model: nn.Module, root: Any, name: str) -> None:

@@ -33,7 +33,10 @@ WEIGHTS: ContextVar[bool] = ContextVar("weights", default=False)
 
 def register() -> None:
     """Make "gpt2fast" an attention implementation of transformers."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+    if isinstance(ALL_ATTENTION_FUNCTIONS, dict):  # before 4.51
+        ALL_ATTENTION_FUNCTIONS[NAME] = attention_forward
+    else:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
     if masking_utils is not None:
         masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, attention_mask)
 
