@@ -266,8 +266,10 @@ class _LMHeadLoss(torch.autograd.Function):
         if triton:
             losses, dhidden, dweight = _losses_triton(hidden, weight, labels, ignore_index, *needed)
         else:
-            needed = *needed, _gradients_of_mean(reduction, compute_dtype, triton)
-            losses, dhidden, dweight = _losses_torch(hidden, weight, labels, ignore_index, *needed)
+            mean = _gradients_of_mean(reduction, compute_dtype, triton)
+            losses, dhidden, dweight = _losses_torch(
+                hidden, weight, labels, ignore_index, *needed, mean
+            )
         if per_token:
             return losses, None, None
         loss = losses.sum()
@@ -294,7 +296,8 @@ class _LMHeadLoss(torch.autograd.Function):
         else:
             ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
             scale = None
-            if ctx.reduction == "mean" and not _gradients_of_mean(*inputs[4:6], ctx.triton):
+            formed = _gradients_of_mean(ctx.reduction, ctx.compute_dtype, ctx.triton)
+            if ctx.reduction == "mean" and not formed:
                 # Where nothing is kept the mean is NaN, but the gradients stay zero.
                 scale = 1.0 / (labels != ctx.ignore_index).sum().clamp_min(1)
             ctx.save_for_backward(*output[1:], scale)

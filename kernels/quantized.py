@@ -90,9 +90,9 @@ class Int8Choice(NamedTuple):
 
     def lay_out(self, weight: Tensor, scale: Tensor, bias: Tensor | None, rows: int) -> Packed:
         """For `pack`, which has the arguments."""
-        if self.few is None:
-            return self.many(weight, scale, bias, self.levels)
         few, most, many, levels = self
+        if few is None:
+            return many(weight, scale, bias, levels)
         return Int8(weight, scale, bias, rows, few=few, many=many, most=most, levels=levels)
 
 
