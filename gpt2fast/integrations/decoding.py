@@ -20,6 +20,7 @@ from torch import Tensor
 from gpt2fast import model as gpt2
 from gpt2fast.base import as_config
 from gpt2fast.engine.kept import STAND_INS, why_not_kept
+from gpt2fast.kernels.decode_state import MAX_EOS
 
 # Fields of a GenerationConfig that are passed on, and those without effect on what is served.
 _PASSED = {
@@ -100,7 +101,13 @@ def _serve(
     ours = stand_in(model)
     if ours is None or why_not_kept(ours) is not None:
         return None
-    eos = [] if config.eos_token_id is None else config.eos_token_id
+    # Ids that no token has end nothing there; here they are an error.
+    given = config.eos_token_id
+    ends = given if isinstance(given, list) else [] if given is None else [given]
+    ends = [token for token in ends if 0 <= token < model.config.vocab_size]
+    pad = config.pad_token_id if ends else None
+    if len(ends) > MAX_EOS or (pad is not None and not 0 <= pad < model.config.vocab_size):
+        return None
     tokens: Tensor = ours.generate(
         ids,
         attention_mask=mask,
@@ -108,8 +115,8 @@ def _serve(
         max_new_tokens=new,
         min_length=config.min_length or 0,
         min_new_tokens=config.min_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=config.pad_token_id,
+        eos_token_id=ends,
+        pad_token_id=pad,
         repetition_penalty=float(penalty),
         do_sample=bool(config.do_sample),
         num_return_sequences=config.num_return_sequences or 1,

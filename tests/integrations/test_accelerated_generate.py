@@ -40,7 +40,8 @@ SERVED: dict[str, dict[str, Any]] = {
     "length": {"max_length": 15},
     "end": {"max_new_tokens": 20, "eos_token_id": [5, 17, 40, 60]},
     "least": {"max_new_tokens": 20, "eos_token_id": [5, 17, 40, 60], "min_new_tokens": 8},
-    "least length": {"max_new_tokens": 20, "eos_token_id": list(range(40)), "min_length": 14},
+    "least length": {"max_new_tokens": 20, "eos_token_id": list(range(2, 10)), "min_length": 14},
+    "end that no token is": {"max_new_tokens": 5, "eos_token_id": [5, 5000], "pad_token_id": 2},
     "no past": {"max_new_tokens": 5, "use_cache": False},
     "configured": {
         "generation_config": transformers.GenerationConfig(max_new_tokens=6, eos_token_id=3)
