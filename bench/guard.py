@@ -5,8 +5,8 @@
 The older one is HEAD where the tree differs from it, otherwise the commit before it. It is unpacked
 beside, and both serve a process from the same environment. A task is lost where it takes 20% more
 time, by the median of neighbouring turns and by the least times, and does so again between two new
-processes. Without an older commit (a shallow clone, a copy), or where that one lacks a task, there
-is nothing to compare: the guard says so, and that is no failure.
+processes. Without an older commit (a shallow clone, a copy), or where that one lacks a task or does
+not work, there is nothing to compare: the guard says so, and that is no failure.
 
 Exit status: 0; 1 where a task is lost, or fails in this tree.
 """
@@ -40,6 +40,10 @@ class Failed(Exception):
     """A task cannot run; the message says why."""
 
 
+class OlderFailed(Exception):
+    """A task cannot run in the older tree, or nothing can."""
+
+
 class Timed(Protocol):
     """Times tasks of one tree."""
 
@@ -58,12 +62,15 @@ class Tree:
             env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
-        package = Path(self._answer()["package"])
-        if tree.resolve() not in package.resolve().parents:
-            raise RuntimeError(f"expected the package of {tree}; got {package}")
+        try:
+            package = Path(self._answer()["package"])
+            if tree.resolve() not in package.resolve().parents:
+                raise Failed(f"expected the package of {tree}; got {package}")
+        except Failed:
+            self.close()
+            raise
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -88,6 +95,30 @@ class Tree:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
+
+
+class _Older:
+    """The older tree, whose failures are nobody's now: not even to start is one."""
+
+    def __init__(self, start: Callable[[], Timed]) -> None:
+        self._tree: Timed | None = None
+        self._reason = ""
+        try:
+            self._tree = start()
+        except Failed as error:
+            self._reason = str(error)
+
+    def seconds(self, task: str) -> float:
+        if self._tree is None:
+            raise OlderFailed(self._reason)
+        try:
+            return self._tree.seconds(task)
+        except Failed as error:
+            raise OlderFailed(str(error)) from None
+
+    def close(self) -> None:
+        if self._tree is not None:
+            self._tree.close()
 
 
 @dataclass(frozen=True)
@@ -122,29 +153,28 @@ def _round(
     """Each task's outcome between two processes, and the tasks that fail in the new tree."""
     outcomes, failed = {}, []
     with ExitStack() as stack:
-        before, after = old(), None
-        stack.callback(before.close)
         after = new()
         stack.callback(after.close)
+        before = _Older(old)
+        stack.callback(before.close)
         for task in tasks:
+            pairs = []
             try:
                 after.seconds(task)
+                before.seconds(task)
+                for turn in range(TURNS):
+                    if turn % 2:
+                        now, then = after.seconds(task), before.seconds(task)
+                    else:
+                        then, now = before.seconds(task), after.seconds(task)
+                    pairs.append((max(then, 1e-9), now))
+            except OlderFailed as error:
+                say(f"{task}: nothing to compare: the older commit says {error}")
+                continue
             except Failed as error:
                 say(f"{task}: fails: {error}")
                 failed.append(task)
                 continue
-            try:
-                before.seconds(task)
-            except Failed as error:
-                say(f"{task}: nothing to compare: the older commit says {error}")
-                continue
-            pairs = []
-            for turn in range(TURNS):
-                if turn % 2:
-                    now, then = after.seconds(task), before.seconds(task)
-                else:
-                    then, now = before.seconds(task), after.seconds(task)
-                pairs.append((max(then, 1e-9), now))
             middle = median(now / then for then, now in pairs)
             least = min(now for _, now in pairs) / min(then for then, _ in pairs)
             outcomes[task] = Outcome(middle, least)
@@ -154,7 +184,10 @@ def _round(
 
 
 def _git(root: Path, *words: str) -> bytes | None:
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=False)
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=False)
+    except OSError:  # there is no git
+        return None
     return done.stdout if done.returncode == 0 else None
 
 

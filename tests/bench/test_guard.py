@@ -83,6 +83,48 @@ def test_what_the_older_commit_lacks_is_no_loss(tree: Path, tmp_path: Path) -> N
     )
 
 
+def test_an_older_commit_that_does_not_work_is_no_loss(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = tree / "gpt2fast" / "__init__.py"
+    whole = init.read_text(encoding="utf-8")
+    init.write_text("raise RuntimeError\n", encoding="utf-8")
+    git(tree, "commit", "-a", "-q", "-m", "broken")
+    init.write_text(whole, encoding="utf-8")
+    status, said = guarded(tree, "tokenizer")
+    assert status == 0, said
+    assert "tokenizer: nothing to compare: the older commit says the process ended with 1" in said
+    git(tree, "commit", "-a", "-q", "-m", "mended")
+    init.write_text("raise RuntimeError\n", encoding="utf-8")
+    assert guarded(tree, "tokenizer")[0] == 1
+    monkeypatch.setenv("PATH", "")  # nor is a machine without git
+    assert guarded(tree, "tokenizer")[0] == 0
+
+
+class Dying:
+    """A tree that answers so many times."""
+
+    def __init__(self, answers: int) -> None:
+        self._left = answers
+
+    def seconds(self, task: str) -> float:
+        if not self._left:
+            raise guard.Failed("the process ended with -9")
+        self._left -= 1
+        return 1.0
+
+    def close(self) -> None:
+        pass
+
+
+def test_who_dies_between_turns_is_told_apart() -> None:
+    said: list[str] = []
+    tasks = ("decode", "prefill")
+    assert guard.compare(lambda: Dying(3), lambda: Fake(1.0), tasks, said.append) == []
+    assert all("nothing to compare: the older commit says the process ended" in s for s in said)
+    assert guard.compare(lambda: Fake(1.0), lambda: Dying(3), tasks, said.append) == list(tasks)
+
+
 class Fake:
     """A tree whose tasks take the given times, in turn."""
 
