@@ -9,6 +9,7 @@ everything. On a GPU the mask of a padded batch stays ``[B, S]``, which our kern
 """
 
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from gpt2fast import kernels
 from gpt2fast.kernels.backend import serves
 
 try:
-    from transformers import masking_utils
+    masking_utils: Any = import_module("transformers.masking_utils")
 except ImportError:  # before 4.53
     masking_utils = None
 

@@ -108,7 +108,7 @@ def _serve(
     pad = config.pad_token_id if ends else None
     if len(ends) > MAX_EOS or (pad is not None and not 0 <= pad < model.config.vocab_size):
         return None
-    tokens: Tensor = ours.generate(
+    tokens = ours.generate(
         ids,
         attention_mask=mask,
         streamer=streamer,
@@ -122,6 +122,7 @@ def _serve(
         num_return_sequences=config.num_return_sequences or 1,
         **_sampling(config),
     )
+    assert isinstance(tokens, Tensor)
     return tokens
 
 

@@ -10,6 +10,7 @@ They are computed as in the forward pass, with a gradient if that had one, once.
 weight was changed in between (an optimizer step) reading them is an error, not a wrong answer.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ class DeferredLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         # Code that calls PyTorch from C++, such as collectives.
@@ -121,12 +122,17 @@ class DeferredLogits(Tensor):
         return DeferredLogits(self._product._replace(hidden=hidden, graph=graph), dtype)
 
 
+def _getter(name: str) -> Any:
+    """What ``__torch_function__`` is told when the attribute is read."""
+    return getattr(Tensor, name).__get__
+
+
 _METADATA = {
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.ndim.__get__,
-    Tensor.is_cuda.__get__,
+    _getter("shape"),
+    _getter("dtype"),
+    _getter("device"),
+    _getter("ndim"),
+    _getter("is_cuda"),
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
@@ -201,8 +207,8 @@ def _cross_entropy(
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
-_HANDLERS = {
-    Tensor.requires_grad.__get__: _requires_grad,
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    _getter("requires_grad"): _requires_grad,
     Tensor.float: _float,
     Tensor.contiguous: _contiguous,
     Tensor.view: _view,

@@ -219,8 +219,8 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }
 if _BLOCKS_RETURN_TENSORS:
     LAYERS[modeling_gpt2.GPT2Block] = GPT2Block
-ORIGINALS = {
-    ours: theirs for theirs, ours in [*HEADS.items(), *LAYERS.items(), (nn.Linear, Linear)]
+ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {
+    ours: theirs for theirs, ours in {**HEADS, **LAYERS, nn.Linear: Linear}.items()
 }
 
 
