@@ -23,8 +23,9 @@ def accelerate(model: _Module, *, generate: bool = True) -> _Module:
     residual addition before it; the perceptron; the projections; attention, where the model uses
     "sdpa" and the configuration scales scores as usual (in "eager", which keeps every weight, and
     in other implementations it stays as it is); and the loss of the language-model head, which is
-    computed without stored logits. ``outputs.logits`` is then computed when it is first looked at;
-    after the head's weight has changed, looking is an error.
+    computed without stored logits (without gradients, only where they are many). ``outputs.logits``
+    is then computed when it is first looked at; after the head's weight has changed, looking is an
+    error.
 
     Classes keep their names and `isinstance`; state dicts, hooks, adapters, caches, masks,
     checkpointing, saving, Trainer and ``torch.compile`` work as before. Modules that are hooked,

@@ -39,6 +39,8 @@ _LABELLED: ContextVar[bool] = ContextVar("labelled", default=False)
 _BLOCKS_RETURN_TENSORS = (
     "output_attentions" not in inspect.signature(modeling_gpt2.GPT2Block.forward).parameters
 )
+_MANY_LOGITS = 2**26  # 256 MB in float32
+
 # "sdpa" gives way to "eager" where weights or a head mask are asked for.
 _FALLS_BACK = "Falling back to" in inspect.getsource(modeling_gpt2.GPT2Attention.forward)
 
@@ -174,6 +176,11 @@ class Linear(nn.Linear):
             and type(input) is Tensor
             and type(self.weight) in (Tensor, nn.Parameter)
             and input.device == self.weight.device
+            # An evaluation often reads its logits after all, which would compute them twice.
+            and (
+                torch.is_grad_enabled()
+                or input.numel() // self.in_features * self.out_features > _MANY_LOGITS
+            )
             and not torch.jit.is_tracing()
             # Transforms of torch.func do not see through the op of the loss.
             and not torch._C._functorch.peek_interpreter_stack()

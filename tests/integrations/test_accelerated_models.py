@@ -224,13 +224,20 @@ def test_bfloat16_loss_has_the_type_and_is_near() -> None:
     assert out.loss.item() == pytest.approx(before.item(), rel=2e-2)
 
 
-def test_logits_wait_until_they_are_read() -> None:
+def test_logits_wait_until_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = gpt2fast.accelerate(plain())
     ids = tokens(2, 9)
     out = model(ids, labels=ids)
     assert isinstance(out.logits, DeferredLogits)
     assert out.logits._value is None
     assert type(model(ids).logits) is torch.Tensor
+    with torch.no_grad():  # an evaluation: only many of them wait
+        evaluated = model(ids, labels=ids)
+        assert type(evaluated.logits) is torch.Tensor
+        monkeypatch.setattr(modules, "_MANY_LOGITS", 1000)
+        waiting = model(ids, labels=ids)
+    assert type(waiting.logits) is DeferredLogits
+    assert_forward(waiting.loss, evaluated.loss)
     assert type(model(ids, labels=ids, logits_to_keep=9).logits) is DeferredLogits
 
 
