@@ -21,6 +21,8 @@ def _default_cache() -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``gpt2fast train`` to ``parser``."""
+    from gpt2fast.cli import positive
+
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
@@ -114,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the matrix products; weights stay float32 (%(default)s)",
     )
     run.add_argument("--device", help="default: cuda where there is one, else cpu")
-    run.add_argument("--threads", type=int, help="CPU threads")
+    run.add_argument("--threads", type=positive, help="CPU threads")
     run.add_argument(
         "--compile", action="store_true", help="run the layers through torch.compile in training"
     )
@@ -172,7 +174,7 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from gpt2fast.cli import pick_device
-    from gpt2fast.training.data import find_files, load_tokens
+    from gpt2fast.training.data import find_files, load_tokens, own_tokenizer
     from gpt2fast.training.distributed import own_device, start_workers
     from gpt2fast.training.settings import Settings
     from gpt2fast.training.state import checkpoint_folders
@@ -187,8 +189,9 @@ def _run(args: argparse.Namespace) -> int:
 
     device = own_device(pick_device(args.device))
     cache = Path(args.cache_dir).expanduser()
-    train = load_tokens(find_files(args.data), cache)
-    valid = load_tokens(find_files(args.valid), cache) if args.valid else None
+    tokenizer = own_tokenizer(args.init_from) if args.init_from else None
+    train = load_tokens(find_files(args.data), cache, tokenizer)
+    valid = load_tokens(find_files(args.valid), cache, tokenizer) if args.valid else None
     torch.manual_seed(args.seed)
     model = _build_model(args).to(device)
     with start_workers(args.parallel, device) as workers:
@@ -220,6 +223,8 @@ def _run(args: argparse.Namespace) -> int:
         if number := trainer.run():
             reports.say(f"stopped at step {trainer.step}: saved, go on with --resume")
             return 128 + number
+        if tokenizer is not None and workers.rank == 0:
+            tokenizer.save_pretrained(out)
         _finish(args, trainer)
     return 0
 

@@ -13,27 +13,28 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from gpt2fast.checkpoint.vocabulary import tokenizer_of
 from gpt2fast.files import replacing
+from gpt2fast.tokenizer import GPT2Tokenizer
 
-END_OF_TEXT = 50256
 _SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?$\n?", re.MULTILINE)
 _CACHE_FORMAT = b"gpt2fast tokens 1\n"
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Expand file names and globs, in the order given, each glob sorted.
+    """Expand file names and globs, in the order given, each glob sorted; a name comes first.
 
     Raises ValueError where one matches no file, or has an ending other than .txt, .xz and .bin.
     """
     files: list[Path] = []
     for pattern in patterns:
-        found = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern)))
-        found = [path for path in found if path.is_file()]
+        pattern = os.path.expanduser(pattern)
+        names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
+        found = [path for path in map(Path, names) if path.is_file()]
         if not found:
             raise ValueError(f"no file matches {pattern!r}")
         files += found
@@ -56,23 +57,52 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def _token_ids(path: Path, tokenizer: Any) -> Iterator[np.ndarray]:
+def own_tokenizer(checkpoint: str) -> GPT2Tokenizer | None:
+    """The tokenizer that belongs to a checkpoint, by its name; None where that is GPT-2's.
+
+    Raises ValueError where its ids do not fit, or no token ends a text.
+    """
+    tokenizer = tokenizer_of(checkpoint)
+    if _rules(tokenizer) == _rules(GPT2Tokenizer()):
+        return None
+    if (size := len(tokenizer)) > 2**16:
+        raise ValueError(f"the tokenizer of {checkpoint} has {size} tokens: too many for uint16")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {checkpoint} has no token that ends a text")
+    return tokenizer
+
+
+def _rules(tokenizer: GPT2Tokenizer) -> tuple[object, ...]:
+    """What its ids of a document follow from."""
+    return (
+        tokenizer.get_vocab(),
+        tokenizer.bpe_ranks,
+        tokenizer.eos_token_id,
+        tokenizer.add_prefix_space,
+    )
+
+
+def _token_ids(path: Path, tokenizer: GPT2Tokenizer) -> Iterator[np.ndarray]:
     if path.suffix == ".bin":
         if (size := path.stat().st_size) % 2:
             raise ValueError(f"{path} has {size} bytes: not a whole number of uint16 ids")
         yield np.fromfile(path, dtype=np.uint16)
         return
     for document in split_documents(_read_text(path)):
-        yield np.array([*tokenizer.encode(document), END_OF_TEXT], dtype=np.uint16)
+        yield np.array([*tokenizer.encode(document), tokenizer.eos_token_id], dtype=np.uint16)
 
 
-def load_tokens(files: Sequence[Path], cache_dir: Path, tokenizer: Any = None) -> np.memmap:
+def load_tokens(
+    files: Sequence[Path], cache_dir: Path, tokenizer: GPT2Tokenizer | None = None
+) -> np.memmap:
     """The ids of ``files``, in order, as one read-only memory-mapped uint16 array.
 
-    ``tokenizer`` needs an ``encode(text) -> list[int]``; by default GPT2Tokenizer, which is loaded
-    only if the cache lacks these files. Raises ValueError where they hold no text at all.
+    ``tokenizer`` is by default GPT-2's, which is loaded only if the cache lacks these files. Raises
+    ValueError where they hold no text at all.
     """
     digest = hashlib.sha256(_CACHE_FORMAT)
+    if tokenizer is not None:
+        digest.update(repr(_rules(tokenizer)).encode())
     for path in files:
         digest.update(f"{path.suffix} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
@@ -89,10 +119,8 @@ def load_tokens(files: Sequence[Path], cache_dir: Path, tokenizer: Any = None) -
     return np.memmap(cached, dtype=np.uint16, mode="r")
 
 
-def _write_tokens(files: Sequence[Path], cached: Path, tokenizer: Any) -> None:
+def _write_tokens(files: Sequence[Path], cached: Path, tokenizer: GPT2Tokenizer | None) -> None:
     if tokenizer is None:
-        from gpt2fast.tokenizer import GPT2Tokenizer
-
         tokenizer = GPT2Tokenizer()
     with replacing(cached) as partial, partial.open("wb") as file:
         for path in files:
@@ -110,7 +138,8 @@ def _lock(folder: Path) -> Iterator[None]:
 
     number = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(number, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # NFS has no locks on folders
+            fcntl.flock(number, fcntl.LOCK_EX)
         yield
     finally:
         os.close(number)  # gives the lock back

@@ -77,7 +77,7 @@ class _SampledHeadLoss(torch.autograd.Function):
             own = (column[part] >= 0).nonzero().squeeze(1)
             logits[own, column[part][own]] = -torch.inf
             target = target_logits[part]
-            top = torch.maximum(logits.amax(-1), target)
+            top = torch.maximum(logits.amax(-1), target) if len(ids) else target
             probabilities = logits.sub_(top[:, None]).exp_()
             target_exp = (target - top).exp()
             total = probabilities.sum(-1) + target_exp

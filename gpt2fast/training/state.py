@@ -38,8 +38,9 @@ def save_checkpoint(
 
     All processes call it together, on one file system. ``tensors`` are plain, equal everywhere, or
     DTensors; ``run`` is what JSON holds. The folder gets its name when everything is on the disk;
-    what a save that was cut short left behind goes.
+    what a save that was cut short left behind goes. Raises OSError where it cannot be written.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -51,8 +52,11 @@ def save_checkpoint(
         partial.mkdir()
     workers.sum(0.0)  # nobody writes before the folder is there
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with _one_process_is_meant():
-        save(tensors, storage_writer=writer, no_dist=workers.count == 1)
+    try:
+        with _one_process_is_meant():
+            save(tensors, storage_writer=writer, no_dist=workers.count == 1)
+    except CheckpointException as error:  # in every process, and no Exception
+        raise OSError(f"cannot write {path}: {_reason(error)}") from error
     if workers.rank == 0:
         sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
         with (partial / _RUN_FILE).open("w") as file:
@@ -116,8 +120,11 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 
 def _warn_damaged(path: Path, error: BaseException) -> None:
-    reason = str(error).strip().splitlines()[-1]
-    warnings.warn(f"cannot read {path}, trying an older one: {reason}", stacklevel=3)
+    warnings.warn(f"cannot read {path}, trying an older one: {_reason(error)}", stacklevel=3)
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 @contextlib.contextmanager

@@ -151,7 +151,8 @@ class Trainer:
         self._saved_step = self.step
 
     def _shapes(self) -> dict[str, list[int]]:
-        return {name: list(p.shape) for name, p in self.model.named_parameters()}
+        shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
+        return {**shapes, "n_head": [self.model.config.n_head]}  # which no parameter shows
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and optimizer state by name: what a checkpoint is written from and read into.
@@ -203,16 +204,15 @@ class Trainer:
                     *(float(number in signals) for number in STOP_SIGNALS),
                 )
                 advance()
-                if self.step % self.log_every == 0:
-                    self._report(progress)
+                done = self.settings.progress(self.step, self.elapsed)
+                if done == 1 or self.step % self.log_every == 0:
+                    self._report(progress, done)
                 if self.valid is not None and self.step % self.valid_every == 0:
                     self._validate(progress)
                 if any(stops) or self.step % self.save_every == 0:
                     self.save()
                 if any(stops):
                     return next(int(n) for n, stop in zip(STOP_SIGNALS, stops, strict=True) if stop)
-            if self._losses:
-                self._report(1.0)
         self.save()
         return 0
 
@@ -318,8 +318,11 @@ class Trainer:
             f"{self.settings.dtype}"
         )
 
-    def _report(self, progress: float) -> None:
-        """Print and log the mean loss and the speed of the steps since the last report."""
+    def _report(self, progress: float, done: float) -> None:
+        """Print and log the mean loss and the speed of the steps since the last report.
+
+        The last step began at ``progress`` and ended at ``done``.
+        """
         loss = sum(self._losses) / len(self._losses)
         seconds = sum(self._step_seconds)
         speed = len(self._step_seconds) * self.settings.batch_tokens / seconds if seconds else 0.0
@@ -330,9 +333,9 @@ class Trainer:
         flops = flops_per_token(self.model, self._row_tokens(progress), vocabulary)
         mfu = flops * speed / self._peak
         rate = self.optimizer.param_groups[0]["lr"]
-        left = self.elapsed * (1 - progress) / progress if progress else math.inf
+        left = self.elapsed * (1 - done) / done if done else math.inf
         self.reports.say(
-            f"step {self.step}  {100 * progress:.1f}%  loss {loss:.4f}  "
+            f"step {self.step}  {100 * done:.1f}%  loss {loss:.4f}  "
             f"{speed:,.0f} tokens/s  MFU {100 * mfu:.1f}%  lr {rate:.2e}  "
             f"elapsed {self.elapsed / 60:.1f} min  left {left / 60:.1f} min"
         )
@@ -341,7 +344,7 @@ class Trainer:
             lr=rate,
             tokens_per_second=round(speed),
             mfu=round(mfu, 4),
-            progress=round(progress, 6),
+            progress=round(done, 6),
         )
 
     def _validate(self, progress: float) -> None:

@@ -33,6 +33,15 @@ def test_the_whole_vocabulary_gives_the_ordinary_loss():
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_sample_of_nothing_leaves_the_target_alone():
+    hidden, weight, targets = _problem()
+    none = torch.empty(0, dtype=torch.int64)
+    loss = sampled_head_loss(hidden, weight, targets, none, torch.empty(0), chunk=8)
+    assert loss == 0
+    for grad in torch.autograd.grad(loss, (hidden, weight)):
+        assert not grad.any()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_loss_and_gradients_over_a_sample(dtype, tolerance):
     hidden, weight, targets = _problem()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2fast import GPT2LMHeadModel
+from gpt2fast import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from gpt2fast.cli import main
 from gpt2fast.training import add_arguments, run
 from gpt2fast.training.state import checkpoint_folders
@@ -135,6 +135,23 @@ def test_a_signal_saves_and_a_finished_run_leaves_everything(tmp_path, texts, ca
         torch.testing.assert_close(ours, theirs, rtol=2**-11, atol=3e-6)
 
 
+def test_fine_tuning_reads_texts_as_the_model_does(tmp_path, texts):
+    """With the tokenizer of its folder: here one of bytes alone, and an end."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    config = GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    alphabet = list(GPT2Tokenizer().encoder)[:256]
+    encoder = {token: i for i, token in enumerate([*alphabet, "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(encoder))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    command = ["train", *texts, "--init-from", str(folder), "--out", str(out), "--steps", "1"]
+    command += ["--batch-tokens", "32", "--row-tokens", "16", "--device", "cpu"]
+    assert main(command) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["training_tokens"] == (tmp_path / "train.txt").stat().st_size + 1
+    assert GPT2Tokenizer.from_pretrained(out).encoder == encoder
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -157,3 +174,11 @@ def test_errors_are_one_line(tmp_path, texts, options, message, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_threads_are_counted_from_one(texts, capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([*texts, "--out", "out", "--threads", "-1"])
+    assert "must be from 1 to 2147483647; got -1" in capsys.readouterr().err

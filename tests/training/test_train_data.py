@@ -1,3 +1,5 @@
+import errno
+import json
 import lzma
 import os
 import threading
@@ -8,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2fast.tokenizer import GPT2Tokenizer
 from gpt2fast.training.data import (
-    END_OF_TEXT,
     BlockOrder,
     find_files,
     load_tokens,
+    own_tokenizer,
     split_documents,
 )
+
+END_OF_TEXT = 50256
 
 
 def test_documents_are_what_stands_between_separator_lines():
@@ -37,8 +42,9 @@ def test_tokens_are_each_documents_ids_and_an_end(tmp_path):
     assert isinstance(tokens, np.memmap)
 
 
-class _CountingTokenizer:
+class _CountingTokenizer(GPT2Tokenizer):
     def __init__(self) -> None:
+        super().__init__()
         self.calls = 0
 
     def encode(self, text: str) -> list[int]:
@@ -56,6 +62,36 @@ def test_the_cache_is_used_until_the_text_changes(tmp_path):
     assert load_tokens([path], cache, tokenizer).tolist() == [97, 98, 100, END_OF_TEXT]
     assert tokenizer.calls == 2
     assert not [path for path in cache.iterdir() if path.suffix != ".bin"]
+
+
+def test_a_tokenizer_of_its_own_has_a_cache_of_its_own(tmp_path):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("abab b")
+    folder = tmp_path / "model"
+    GPT2Tokenizer().save_pretrained(folder)
+    assert own_tokenizer(str(folder)) is own_tokenizer("gpt2") is None  # GPT-2's, if another file
+
+    encoder = {"a": 0, "b": 1, "ab": 2, "\u0120": 3, "<|endoftext|>": 4}
+    (folder / "vocab.json").write_text(json.dumps(encoder))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    (folder / "tokenizer.json").unlink()
+    tokenizer = own_tokenizer(str(folder))
+    assert load_tokens([path], cache, tokenizer).tolist() == [2, 2, 3, 1, 4]
+    assert load_tokens([path], cache).tolist() == [*GPT2Tokenizer().encode("abab b"), END_OF_TEXT]
+    assert load_tokens([path], cache, tokenizer).tolist() == [2, 2, 3, 1, 4]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks folders, which POSIX allows")
+def test_where_folders_have_no_locks(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*arguments):
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS does
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "a.txt").write_text("abc")
+    tokens = load_tokens([tmp_path / "a.txt"], tmp_path / "cache", _CountingTokenizer())
+    assert tokens.tolist() == [97, 98, 99, END_OF_TEXT]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks folders, which POSIX allows")
@@ -76,6 +112,15 @@ def test_of_several_at_once_one_tokenizes(tmp_path):
         second = pool.submit(load_tokens, [tmp_path / "a.txt"], tmp_path / "cache", tokenizer)
         assert first.result().tolist() == second.result().tolist() == [97, 98, 99, END_OF_TEXT]
     assert tokenizer.calls == 1
+
+
+def test_a_name_is_no_pattern_where_there_is_such_a_file(tmp_path):
+    for name in ("a[1].txt", "a1.txt", "b.txt"):
+        (tmp_path / name).touch()
+    assert find_files([str(tmp_path / "a[1].txt")]) == [tmp_path / "a[1].txt"]
+    assert find_files([str(tmp_path / "[ab]*")]) == [
+        tmp_path / name for name in ("a1.txt", "a[1].txt", "b.txt")
+    ]
 
 
 def test_bad_data_is_named(tmp_path):

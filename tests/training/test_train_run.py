@@ -1,5 +1,6 @@
 """Whole runs of tiny models: learning, resuming, dying, and what is left on disk."""
 
+import errno
 import json
 from dataclasses import replace
 from functools import partial
@@ -134,6 +135,33 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert curves[0] == curves[1]
 
 
+def test_a_finished_run_is_logged_once(tmp_path, capsys):
+    """The last checkpoint is of the last step, which is not one of those that are reported."""
+    options = {"save_every": 6, "log_every": 4}
+    settings = replace(SETTINGS, steps=6)
+    assert chain_trainer(tmp_path, settings, **options).run() == 0
+    again = chain_trainer(tmp_path, settings, **options)
+    assert again.resume()
+    assert again.run() == 0
+    assert [(r["step"], r["progress"]) for r in _log(tmp_path)] == [(4, 0.666667), (6, 1.0)]
+    assert "step 6  100.0%" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def fill(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = chain_trainer(tmp_path)
+    trainer.save()
+    trainer.step = 5
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", fill)
+        with pytest.raises(OSError, match=r"^cannot write .*step-00000005: .*No space left"):
+            trainer.save()
+    checkpoints = tmp_path / "checkpoints"
+    assert [path.name for path in checkpoint_folders(checkpoints)] == ["step-00000000"]
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     trained = chain_trainer(tmp_path)
     trained.run()
@@ -184,6 +212,10 @@ def test_resuming_something_else_is_refused(tmp_path):
     trainer = chain_trainer(tmp_path)
     trainer.data_id = "other"
     with pytest.raises(ValueError, match="data was 'chain', now it is 'other'"):
+        trainer.resume()
+    trainer = chain_trainer(tmp_path)
+    trainer.model.config.n_head = 4
+    with pytest.raises(ValueError, match=r"n_head was \[2\], now it is \[4\]"):
         trainer.resume()
     trainer = chain_trainer(tmp_path)
     trainer.model.transformer.wpe = torch.nn.Embedding(16, 32)

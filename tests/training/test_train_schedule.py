@@ -37,6 +37,7 @@ def test_warm_up_and_cosine():
         ({"steps": None}, "--steps, --max-minutes"),
         ({"steps": 0}, "steps must be above 0, got 0"),
         ({"lr": float("nan")}, "lr must be above 0, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
         ({"warmup": -1}, "warmup must be at least 0 steps, got -1"),
         ({"row_tokens": 48}, "rows of 48 tokens do not divide n_positions = 64"),
         ({"batch_tokens": 96}, "batch_tokens = 96 is not a multiple"),
