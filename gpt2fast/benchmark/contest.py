@@ -102,11 +102,15 @@ class Company:
             if name in self.processes:
                 self.processes.pop(name).close()
 
-    def _gate(self, name: str) -> None:
+    def _logits(self, name: str, ids: list[int]) -> Any:
+        """Float32 ``[T, V]`` of a contender."""
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "logits.npy")
-            self.processes[name].ask("logits", ids=tokens(_GATE_TOKENS, seed=1), path=path)
-            logits = np.load(path)
+            self.processes[name].ask("logits", ids=ids, path=path)
+            return np.load(path)
+
+    def _gate(self, name: str) -> None:
+        logits = self._logits(name, tokens(_GATE_TOKENS, seed=1))
         if self._reference is None and name not in EXACT:
             raise Failed("nothing to hold it against")
         reference = logits if self._reference is None else self._reference
@@ -127,6 +131,21 @@ class Company:
                 for place, (token, expected) in enumerate(zip(made[name], right, strict=True)):
                     if token != expected:
                         raise Wrong(f"new token {place} is {token}, that of {self.base} {expected}")
+
+    def check_choices(self, prompt: list[int], made: dict[str, list[int]]) -> None:
+        """Exclude who of fewer bits generated other tokens than the likeliest of its own logits.
+
+        Rounding moves single choices; without the right cache nearly none is near the likeliest.
+        """
+        for name in [n for n in self.present() if n not in EXACT and n != BARE]:
+            with self.excluding(name):
+                logits = self._logits(name, [*prompt, *made[name][:-1]])[len(prompt) - 1 :]
+                chosen = logits[np.arange(len(logits)), made[name]]
+                behind = float((logits.max(-1) - chosen).mean() / logits.std())
+                self.reports[name]["choices_behind"] = behind
+                if not behind <= OTHER_TOLERANCE:
+                    text = "tokens are not the likeliest of its own logits"
+                    raise Wrong(f"{text}: behind by {behind:.1e} of their spread")
 
     def limits(self) -> dict[str, float]:
         """Of the machine, now."""
@@ -177,7 +196,9 @@ def decode(
                     sizes = {"new": case.new, "chunk": case.chunk}
                     request = {"do": "generate", "prompt": prompt, **sizes}
                 answers[name] = company.processes[name].ask(**request)
-    company.check_tokens({name: answers[name]["tokens"] for name in company.present()})
+    made = {name: answers[name]["tokens"] for name in company.present()}
+    company.check_tokens(made)
+    company.check_choices(prompt, made)
     for name in company.present():
         seconds = answers[name]["seconds"]
         parts = [seconds[i : i + case.chunk] for i in range(1, case.new, case.chunk)]
@@ -195,7 +216,11 @@ def prefill(
     company: Company,
     time_is_up: Callable[[], bool] = lambda: False,
 ) -> Report:
-    """The record of a case between some of a company; of fewer rounds where time is up."""
+    """The record of a case between some of a company; of fewer rounds where time is up.
+
+    Raises:
+        Failed: the reference failed.
+    """
     company.begin(names)
     rows = [tokens(case.prompt, seed=2 + row) for row in range(case.batch)]
     limits = []
@@ -211,8 +236,7 @@ def prefill(
                 answer = company.processes[name].ask("prefill", rows=rows)
                 first[name] = answer["tokens"]
                 seconds[name].append(answer["seconds"])
-        if turn == 0:
-            company.check_tokens({name: first[name] for name in company.present()})
+        company.check_tokens({name: first[name] for name in company.present()})
     for name in company.present():
         company.reports[name]["seconds"] = seconds[name][1:]
     return closed(asdict(case), company.reports, limits, base=str(company.base))

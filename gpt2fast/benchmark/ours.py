@@ -1,5 +1,6 @@
 """Ours in every mode, and the bare loop that bounds it."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,28 @@ class Ours:
         return self._model.generate(ids, max_new_tokens=1, **self._options)[:, -1].tolist()
 
 
+def _products(torch: Any, threads: int) -> list[Any]:
+    """PyTorch's ways to multiply one row ``[1, K]`` by a weight ``[K, N]``, and add a bias."""
+
+    def by_rows(bias: Any, x: Any, weight: Any) -> Any:
+        return torch.addmm(bias, x, weight)
+
+    def by_columns(bias: Any, x: Any, weight: Any) -> Any:
+        return torch.addmv(bias, weight.t(), x[0])
+
+    def in_parts(bias: Any, x: Any, weight: Any) -> Any:
+        """Each thread multiplies with rows of its own: some libraries use but one for a row."""
+        parts = weight.view(threads, -1, weight.shape[1])
+        return torch.bmm(x.view(threads, 1, -1), parts).sum(0).add_(bias)
+
+    return [by_rows, by_columns, in_parts]
+
+
 class BareLoop:
     """The matrix products of a token and nothing else: what a step of float32 costs at least.
 
-    ``addmm`` on a row, in the checkpoint's layout, was the fastest of PyTorch's ways where this was
-    written. The tokens are no model's.
+    In the checkpoint's layout; for each shape by that of PyTorch's ways which is the fastest here.
+    The tokens are no model's.
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -89,6 +107,22 @@ class BareLoop:
         self._head = head
         width = head.shape[1]
         self._inputs = {n: torch.ones(1, n) for n in (width, 4 * width)}
+        shapes = {weight.shape for _, weight in self._matrices}
+        self._ways = {shape: self._fastest(shape) for shape in shapes}
+
+    def _fastest(self, shape: Any) -> Any:
+        x = self._inputs[shape[0]]
+        same = [pair for pair in self._matrices if pair[1].shape == shape]
+        ways = _products(self._torch, self._threads if shape[0] % self._threads == 0 else 1)
+        seconds = [float("inf")] * len(ways)
+        with self._torch.inference_mode():
+            for _ in range(6):
+                for i, way in enumerate(ways):
+                    start = time.perf_counter()
+                    for bias, weight in same:
+                        way(bias, x, weight)
+                    seconds[i] = min(seconds[i], time.perf_counter() - start)
+        return ways[seconds.index(min(seconds))]
 
     def logits(self, ids: list[int]) -> Logits:
         raise NotImplementedError("the bare loop computes no logits")
@@ -99,7 +133,7 @@ class BareLoop:
         with torch.inference_mode():
             for _ in range(new):
                 for bias, weight in self._matrices:
-                    torch.addmm(bias, self._inputs[weight.shape[0]], weight)
+                    self._ways[weight.shape](bias, self._inputs[weight.shape[0]], weight)
                 torch.mv(self._head, row[0])
                 on_token(0)
 

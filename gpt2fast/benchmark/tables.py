@@ -49,12 +49,12 @@ def by_contender(cases: Cases) -> dict[str, dict[str, dict[str, Any]]]:
 def _cell(report: dict[str, Any] | None) -> str:
     if report is None or "p" not in report:
         return "wrong" if report and "wrong" in report else ""
-    times, milliseconds = report["times_base"], 1e3 * report["p"]["p50"]
+    milliseconds = 1e3 * report["p"]["p50"]
     digits = 0 if milliseconds >= 100 else 1 if milliseconds >= 1 else 3
-    return (
-        f"{milliseconds:.{digits}f} ms, **{times['p50']:.2f}** "
-        f"({times['p20']:.2f} to {times['p80']:.2f})"
-    )
+    text = f"{milliseconds:.{digits}f} ms"
+    if times := report.get("times_base"):  # the base itself may have failed
+        text += f", **{times['p50']:.2f}** ({times['p20']:.2f} to {times['p80']:.2f})"
+    return text
 
 
 def times_table(cases: Cases, fastest_first: bool = False) -> str:

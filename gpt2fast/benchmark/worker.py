@@ -18,13 +18,13 @@ from typing import Any
 
 
 def _kilobytes(field: str) -> int | None:
-    """Of /proc/self/status; None where the system has none."""
+    """Of /proc/self/status; None where the system does not say."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
-    except OSError:
+        return int(fields[field].split()[0])
+    except (OSError, KeyError):
         return None
-    return int(fields[field].split()[0])
 
 
 class Worker:

@@ -1,5 +1,6 @@
 """The CPU benchmarks' method: who is timed, who is not, and what the ratios are of."""
 
+import io
 import json
 import os
 import threading
@@ -56,7 +57,7 @@ class Fake:
         self, seconds: float = 0.0, logits: float = 0.0, token: int = 7, error: str = ""
     ) -> None:
         self.seconds, self.difference, self.token, self.error = seconds, logits, token, error
-        self.now = 0.0
+        self.now, self.prompt = 0.0, 1000
 
     def clock(self) -> float:
         return self.now
@@ -65,15 +66,19 @@ class Fake:
         pass
 
     def load(self) -> None:
+        self.prompt = 1000
         if self.error == "load":
             raise ModuleNotFoundError("No module named 'rival'")
 
     def logits(self, ids: list[int]) -> Any:
         values = np.random.default_rng(0).normal(size=(len(ids), 50)).astype(np.float32)
         values[0, 0] += self.difference
+        for place in range(self.prompt - 1, len(ids)):  # what it generates is what it finds likely
+            values[place, self.token + place + 1 - self.prompt] = 9
         return values
 
     def generate(self, prompt: list[int], new: int, on_token: Any) -> None:
+        self.prompt = len(prompt)
         for i in range(new):
             if self.error == "generate" and i == CHUNK + 2:
                 raise RuntimeError("out of memory\nmore")
@@ -138,6 +143,48 @@ def test_fewer_bits_may_choose_other_tokens_within_reason() -> None:
     assert "times_base" in report
     broken = decoded(base=Fake(), **{"CTranslate2 int8": Fake(logits=500.0)})
     assert "wrong" in broken["contenders"]["CTranslate2 int8"]
+
+
+class Forgetful(Fake):
+    """Right logits, and a cache that makes it generate something else."""
+
+    def generate(self, prompt: list[int], new: int, on_token: Any) -> None:
+        super().generate(prompt, new, lambda token: on_token(token + 20))
+
+
+def test_fewer_bits_must_choose_by_their_own_logits() -> None:
+    report = decoded(base=Fake(), **{table.BARE: Fake(), "gpt2fast int8": Forgetful()})
+    found = report["contenders"]["gpt2fast int8"]
+    assert "tokens are not the likeliest of its own logits" in found["wrong"]
+    assert "seconds" not in found
+    assert "seconds" in report["contenders"][table.BARE]
+
+
+class Turning(Fake):
+    """Right in the warm-up alone, or the reference that then fails."""
+
+    def prefill(self, rows: list[list[int]]) -> list[int]:
+        tokens, self.token = super().prefill(rows), 8
+        if self.error == "later" and self.now > self.seconds:
+            raise RuntimeError("out of memory")
+        return tokens
+
+
+def test_every_prompt_is_checked() -> None:
+    case, names = PrefillCase("tiny", "prefill", 1, 6, 2), (table.BASE, table.OURS)
+    with closing(company((table.BASE, Fake(0.02)), (table.OURS, Turning(0.01)))) as there:
+        assert "wrong" in contest.prefill(case, names, there)["contenders"][table.OURS]
+    named = ((table.BASE, Turning(0.02, error="later")), (table.OURS, Fake(0.01)))
+    with closing(company(*named)) as there, pytest.raises(Failed, match="the reference:"):
+        contest.prefill(case, names, there)
+
+
+def test_memory_that_the_system_does_not_tell_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Worker(Fake(), 1, [], None).memory()["peak_bytes"] > 1e7
+    monkeypatch.setattr("builtins.open", lambda *args, **options: io.StringIO("VmRSS:\t12 kB\n"))
+    assert Worker(Fake(), 1, [], None).memory() == {"peak_bytes": None}
 
 
 def test_without_transformers_the_next_in_float32_is_the_reference() -> None:
