@@ -28,6 +28,7 @@ from gpt2fast import kernels
 from gpt2fast.integrations.attention import NAME, WEIGHTS
 from gpt2fast.integrations.decoding import Generates
 from gpt2fast.integrations.deferred import DeferredLogits
+from gpt2fast.kernels.backend import serves
 from gpt2fast.layers import drops, is_plain
 
 _CAPTURING = "transformers.utils.output_capturing"  # whose hooks only collect outputs
@@ -100,7 +101,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
                 return super().forward(hidden_states, *args, **kwargs)
             finally:
                 WEIGHTS.reset(token)
-        if args or not self._attends_packed(past, kwargs):
+        if args or not self._attends_packed(hidden_states, past, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         qkv = self.c_attn(hidden_states)
         if past is not None:
@@ -113,7 +114,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
         )
         return self.resid_dropout(self.c_proj(merged)), None
 
-    def _attends_packed(self, past: Any, kwargs: dict[str, Any]) -> bool:
+    def _attends_packed(self, hidden_states: Tensor, past: Any, kwargs: dict[str, Any]) -> bool:
         mask = kwargs.get("attention_mask")
         return (
             _BLOCKS_RETURN_TENSORS
@@ -125,7 +126,12 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
             and (mask is None or mask.dim() == 2 or mask.shape[-2] == mask.shape[-1])
             and (
                 past is None
-                or (type(past) is DynamicCache and not past.get_seq_length(self.layer_idx))
+                # What a cache returns lies closer together, which counts on a CPU.
+                or (
+                    (torch.is_grad_enabled() or serves(hidden_states.device))
+                    and type(past) is DynamicCache
+                    and not past.get_seq_length(self.layer_idx)
+                )
             )
         )
 
