@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--valid-every", type=int, default=500, help="steps (%(default)s)")
     report.add_argument(
         "--valid-tokens",
-        type=int,
+        type=positive,
         default=32768,
         help="of each validation but the last, which takes all (%(default)s)",
     )
@@ -238,7 +238,13 @@ def _build_model(args: argparse.Namespace) -> "GPT2LMHeadModel":
     if args.init_from:
         if args.preset or sizes:
             raise ValueError("--init-from brings its own sizes: leave out --preset and --n-...")
-        return GPT2LMHeadModel.from_pretrained(args.init_from, dtype="float32", **dropout)
+        if Path(args.init_from).resolve() == Path(args.out).resolve():
+            raise ValueError(f"--out {args.out} would replace the model of --init-from")
+        model = GPT2LMHeadModel.from_pretrained(args.init_from, dtype="float32", **dropout)
+        try:
+            return model.train()
+        except RuntimeError as error:  # of low-bit weights
+            raise ValueError(f"--init-from {args.init_from}: {error}") from error
     if args.preset is not None:
         if args.preset not in PRESETS:
             raise ValueError(f"--preset is one of {', '.join(PRESETS)}, got {args.preset!r}")

@@ -152,6 +152,24 @@ def test_fine_tuning_reads_texts_as_the_model_does(tmp_path, texts):
     assert GPT2Tokenizer.from_pretrained(out).encoder == encoder
 
 
+def test_models_that_cannot_be_trained_in_that_place(tmp_path, texts, capsys):
+    """The folder that training begins from is not overwritten; low-bit weights stay as they are."""
+    folder = tmp_path / "model"
+    config = GPT2Config(n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    GPT2LMHeadModel.from_pretrained(folder, quantize="int8").save_pretrained(tmp_path / "int8")
+    command = ["train", *texts, "--steps", "1", "--batch-tokens", "32", "--row-tokens", "16"]
+    for start, out, message in (
+        (folder, folder / ".." / "model", "would replace the model of --init-from"),
+        (tmp_path / "int8", tmp_path / "out", "int8: a quantised model cannot be trained"),
+    ):
+        assert main([*command, "--init-from", str(start), "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not (folder / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
