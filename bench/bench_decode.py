@@ -45,7 +45,8 @@ def test_decode(record: Record, companies: Companies, case: DecodeCase) -> None:
     if record.time_is_up():
         record.add({**vars(case), "not measured": "no time left"})
         pytest.skip("no time left")
-    made = decode(case, companies.of(case.model, COMPANIES[case.company]))
+    with record.naming_failure(vars(case)):
+        made = decode(case, companies.of(case.model, COMPANIES[case.company]))
     record.add(made)
     print("\n".join(["", times_table([made]), *missing([made])]), file=sys.stderr)
     wrong = {name: r["wrong"] for name, r in made["contenders"].items() if "wrong" in r}

@@ -40,8 +40,9 @@ def test_prefill(record: Record, companies: Companies, case: PrefillCase) -> Non
         pytest.skip("no time left")
     # Batches are measured between some of those who are there anyway.
     loaded = COMPANIES["prefill" if case.company == "batches" else case.company]
-    company = companies.of(case.model, loaded)
-    made = prefill(case, COMPANIES[case.company], company, record.time_is_up)
+    with record.naming_failure(vars(case)):
+        company = companies.of(case.model, loaded)
+        made = prefill(case, COMPANIES[case.company], company, record.time_is_up)
     record.add(made)
     print("\n".join(["", times_table([made]), *missing([made])]), file=sys.stderr)
     wrong = {name: r["wrong"] for name, r in made["contenders"].items() if "wrong" in r}

@@ -57,7 +57,7 @@ _ACCELERATE = """\
 A model of transformers before and after `gpt2fast.accelerate`, on a CPU, likewise:"""
 _ACCURACY = """\
 What fewer bits cost: perplexity of the bundled model on text that it never saw, and how far the
-logits of 124M with random weights lie from float32's, of the largest. Forms of a GPU are emulated
+logits of 124M with random weights lie from float32's (norms). Forms of a GPU are emulated
 in PyTorch; int8 is that of a CPU,"""
 # What is measured of models beside each other: record, words, table.
 _CONTESTS: tuple[tuple[str, str, Callable[[Cases], str]], ...] = (

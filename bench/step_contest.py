@@ -175,11 +175,13 @@ def recorder(part: str) -> Record:
 
 def run_case(record: Record, case: StepCase) -> None:
     """Measure a case into the record; the test fails where ours was wrong."""
+    known = {"name": title(case), "model": case.model}
     if record.time_is_up():
-        record.add({"name": title(case), "model": case.model, "not measured": "no time left"})
+        record.add({**known, "not measured": "no time left"})
         pytest.skip("no time left")
     start = partial(Process, model=case.model, threads=THREADS, worker="bench.step_worker")
-    made = contest(case, start, lambda text: print(text, file=sys.stderr), record.time_is_up)
+    with record.naming_failure(known):
+        made = contest(case, start, lambda text: print(text, file=sys.stderr), record.time_is_up)
     record.add(made)
     print("\n".join(["", times_table([made]), *missing([made])]), file=sys.stderr)
     wrong = {name: r["wrong"] for name, r in made["contenders"].items() if "wrong" in r}

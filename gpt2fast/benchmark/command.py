@@ -7,7 +7,6 @@ formats of those who are here, and keeps them.
 """
 
 import argparse
-import os
 import sys
 import time
 from contextlib import closing
@@ -17,6 +16,7 @@ from gpt2fast.benchmark import models
 from gpt2fast.benchmark.cases import DecodeCase, PrefillCase, quick_decode, quick_prefill
 from gpt2fast.benchmark.companies import started
 from gpt2fast.benchmark.contest import NOISY, Asked, Company, Report, decode, prefill
+from gpt2fast.benchmark.environment import cores
 from gpt2fast.benchmark.processes import Failed
 from gpt2fast.benchmark.progress import Progress, minutes
 from gpt2fast.benchmark.record import Record
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         OSError: the record cannot be written.
     """
     begun, seconds = time.monotonic(), 60 * args.minutes
-    threads = args.threads or os.cpu_count() or 1
+    threads = args.threads or cores()
     record = Record("bench", None, path=Path(args.json) if args.json else None, threads=threads)
     names = COMPANIES["quick"]
     cases = (quick_decode(args.model), quick_prefill(args.model))

@@ -30,6 +30,13 @@ GPU_FIELDS = (
 )
 
 
+def cores() -> int:
+    """Those that this process may use, of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 

@@ -6,11 +6,14 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gpt2fast.benchmark.environment import ROOT, environment
+from gpt2fast.benchmark.environment import ROOT, cores, environment
+from gpt2fast.benchmark.processes import Failed
 from gpt2fast.benchmark.progress import Progress
 from gpt2fast.version import __version__
 
@@ -20,7 +23,7 @@ RECORD = bool(os.environ.get("GPT2FAST_BENCH_RECORD"))
 STARTED = time.monotonic()
 # Of this process; without, every case runs.
 MINUTES = float(os.environ.get("GPT2FAST_BENCH_MINUTES") or "inf")
-THREADS = int(os.environ.get("GPT2FAST_BENCH_THREADS") or os.cpu_count() or 1)
+THREADS = int(os.environ.get("GPT2FAST_BENCH_THREADS") or cores())
 
 _PACKAGES = (
     "pytorch-pretrained-bert",
@@ -103,6 +106,15 @@ class Record:
         if self._expected:
             done = len(self.content["cases"])
             self._progress(f"{self._name}: {done} of {self._expected} cases")
+
+    @contextmanager
+    def naming_failure(self, known: dict[str, Any]) -> Iterator[None]:
+        """Where the case fails in this block, the record says of it why."""
+        try:
+            yield
+        except Failed as error:
+            self.add({**known, "not measured": str(error)})
+            raise
 
     def put(self, key: str, value: Any) -> None:
         self.content[key] = value

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2fast.benchmark import cases, contest, loading, models, table
+from gpt2fast.benchmark import cases, contest, environment, loading, models, table
 from gpt2fast.benchmark.contest import DecodeCase, PrefillCase
 from gpt2fast.benchmark.ours import agreement
 from gpt2fast.benchmark.processes import Failed, Process
@@ -145,48 +145,6 @@ def test_fewer_bits_may_choose_other_tokens_within_reason() -> None:
     assert "wrong" in broken["contenders"]["CTranslate2 int8"]
 
 
-class Forgetful(Fake):
-    """Right logits, and a cache that makes it generate something else."""
-
-    def generate(self, prompt: list[int], new: int, on_token: Any) -> None:
-        super().generate(prompt, new, lambda token: on_token(token + 20))
-
-
-def test_fewer_bits_must_choose_by_their_own_logits() -> None:
-    report = decoded(base=Fake(), **{table.BARE: Fake(), "gpt2fast int8": Forgetful()})
-    found = report["contenders"]["gpt2fast int8"]
-    assert "tokens are not the likeliest of its own logits" in found["wrong"]
-    assert "seconds" not in found
-    assert "seconds" in report["contenders"][table.BARE]
-
-
-class Turning(Fake):
-    """Right in the warm-up alone, or the reference that then fails."""
-
-    def prefill(self, rows: list[list[int]]) -> list[int]:
-        tokens, self.token = super().prefill(rows), 8
-        if self.error == "later" and self.now > self.seconds:
-            raise RuntimeError("out of memory")
-        return tokens
-
-
-def test_every_prompt_is_checked() -> None:
-    case, names = PrefillCase("tiny", "prefill", 1, 6, 2), (table.BASE, table.OURS)
-    with closing(company((table.BASE, Fake(0.02)), (table.OURS, Turning(0.01)))) as there:
-        assert "wrong" in contest.prefill(case, names, there)["contenders"][table.OURS]
-    named = ((table.BASE, Turning(0.02, error="later")), (table.OURS, Fake(0.01)))
-    with closing(company(*named)) as there, pytest.raises(Failed, match="the reference:"):
-        contest.prefill(case, names, there)
-
-
-def test_memory_that_the_system_does_not_tell_is_no_failure(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert Worker(Fake(), 1, [], None).memory()["peak_bytes"] > 1e7
-    monkeypatch.setattr("builtins.open", lambda *args, **options: io.StringIO("VmRSS:\t12 kB\n"))
-    assert Worker(Fake(), 1, [], None).memory() == {"peak_bytes": None}
-
-
 def test_without_transformers_the_next_in_float32_is_the_reference() -> None:
     fakes = {"CTranslate2 int8": Fake(), "ours": Fake(0.02), "CTranslate2": Fake(0.01, token=8)}
     record = decoded(base=Fake(error="load"), **fakes)
@@ -293,6 +251,14 @@ def test_progress_foretells_the_rest_from_what_was_seen() -> None:
     assert lines[4] == "[0:50, about 0:05 left] e"
 
 
+def test_memory_that_the_system_does_not_tell_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Worker(Fake(), 1, [], None).memory()["peak_bytes"] > 1e7
+    monkeypatch.setattr("builtins.open", lambda *args, **options: io.StringIO("VmRSS:\t12 kB\n"))
+    assert Worker(Fake(), 1, [], None).memory() == {"peak_bytes": None}
+
+
 def test_agreement() -> None:
     reference = np.array([[1.0, 2.0], [3.0, -4.0]], np.float32)
     assert agreement(reference, reference) == {"error": 0, "largest": 0, "argmax": 1}
@@ -314,6 +280,21 @@ def test_record_is_whole_after_every_case(
     assert "decode: 1 of 2 cases" in capsys.readouterr().err
     assert not record.time_is_up()
     assert rounded({"a": (1.23456, 7, "x")}) == {"a": [1.235, 7, "x"]}
+
+
+def test_a_case_that_fails_is_named_in_the_record(tmp_path: Path) -> None:
+    record = Record("decode", tmp_path)
+    with pytest.raises(Failed), record.naming_failure({"model": "tiny"}):
+        raise Failed("no reference")
+    assert record.content["cases"] == [{"model": "tiny", "not measured": "no reference"}]
+
+
+def test_threads_are_those_of_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)
+    assert environment.cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert environment.cores() == 3
 
 
 @pytest.fixture
