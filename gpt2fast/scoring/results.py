@@ -67,7 +67,7 @@ class SavedResults(Results):
 
         Raises:
             ValueError: there is a file and ``resume`` is False, it was made with other settings,
-                or it is not what a run left.
+                it is not what a run left, or another run is writing it.
             OSError: it cannot be read or written.
         """
         super().__init__()
@@ -81,6 +81,11 @@ class SavedResults(Results):
         else:
             self._save()
         self._file: BinaryIO = path.open("ab")
+        try:
+            _claim(self._file)
+        except BlockingIOError as error:
+            self._file.close()
+            raise ValueError(f"{path}: another run is writing it") from error
         self._file.truncate(self._size)
 
     def __exit__(self, *_: object) -> None:
@@ -126,3 +131,17 @@ class SavedResults(Results):
         size = path.stat().st_size if path.exists() else 0
         if size < self._size:
             raise ValueError(f"{path} has lost lines: {size} bytes of {self._size} are left")
+
+
+def _claim(file: BinaryIO) -> None:
+    """Lock a file until it is closed, where the system can; BlockingIOError if another has."""
+    if os.name != "posix":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        pass

@@ -227,6 +227,22 @@ def test_it_goes_on_only_as_it_began(
     assert out.read_bytes() == kept
 
 
+@pytest.mark.skipif(os.name != "posix", reason="locks files as POSIX does")
+def test_two_runs_do_not_write_one_file(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = many(tmp_path, 3), tmp_path / "out.jsonl"
+    words = command(tiny, file, "--out", out, "--resume")
+    assert main(words) == 0
+    settings = json.loads((tmp_path / "out.jsonl.progress").read_text())["settings"]
+    capsys.readouterr()
+    kept = out.read_bytes()
+    with SavedResults(out, settings, resume=True):
+        assert failure(capsys, words) == f"{out}: another run is writing it"
+    assert out.read_bytes() == kept
+    assert main(words) == 0
+
+
 def test_damaged_outputs(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = many(tmp_path, 3), tmp_path / "out.jsonl"
     progress = tmp_path / "out.jsonl.progress"
