@@ -58,7 +58,9 @@ class ScoredModel:
         self._model: Any = _on_our_kernels(model)
         self._whole = _has_own_forward(self._model)
         self.config: Any = self._model.config
-        self.device = next(model.parameters()).device
+        # Of offloaded parameters nothing is left: hooks fetch them, and move what they are given.
+        places = (p.device for p in model.parameters() if not p.is_meta)
+        self.device = next(places, torch.device("cpu"))
 
     def check_mode(self) -> None:
         """Raise a ValueError if dropout would make scores random."""

@@ -144,6 +144,17 @@ def test_changed_models_run_as_they_are(source: str, change: Callable[[Any], Non
     assert worst <= FLOAT32["model", "forward"] * largest
 
 
+def test_offloaded_weights() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="offloads weights")
+    ours, theirs = pair()
+    texts = texts_of(random.Random(5), 4, 60)
+    expected = [s.log_probs for s in Scorer(ours)(texts)]
+    accelerate.cpu_offload(theirs.float(), execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in theirs.parameters())
+    worst, largest = errors([s.log_probs for s in Scorer(theirs)(texts)], expected)
+    assert worst <= FLOAT32["model", "forward"] * largest
+
+
 def test_on_the_kernels() -> None:
     pytest.importorskip("triton")
     ours, theirs = pair(n_embd=32, n_layer=1, n_head=2)
