@@ -19,7 +19,7 @@ from gpt2fast.benchmark.record import RESULTS
 from gpt2fast.benchmark.table import OURS
 from gpt2fast.benchmark.tables import (
     Cases,
-    column,
+    by_contender,
     imports_line,
     loading_table,
     machine_line,
@@ -102,9 +102,9 @@ def section(folder: Path = RESULTS) -> str:
 def bare_lines(cases: Cases) -> list[str]:
     """How much of the speed of a token's float32 products alone ours reaches."""
     shares = [
-        f"{column(case)}: {share['p50']:.0%} ({share['p20']:.0%} to {share['p80']:.0%})"
-        for case in cases
-        if (share := case.get("contenders", {}).get(OURS, {}).get("share_of_bare"))
+        f"{name}: {share['p50']:.0%} ({share['p20']:.0%} to {share['p80']:.0%})"
+        for name, report in by_contender(cases).get(OURS, {}).items()
+        if (share := report.get("share_of_bare"))
     ]
     if not shares:
         return []

@@ -37,12 +37,14 @@ def _load_of(case: dict[str, Any]) -> str:
 
 
 def by_contender(cases: Cases) -> dict[str, dict[str, dict[str, Any]]]:
-    """Contender -> column -> report; where two companies have it, the first counts."""
+    """Contender -> column -> report; where two companies have it, the first that measured it."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for case in cases:
         for name, report in case.get("contenders", {}).items():
-            if name != AGAIN:
-                found.setdefault(name, {}).setdefault(column(case), report)
+            reports, key = found.setdefault(name, {}), column(case)
+            if "not measured" in reports.get(key, {"not measured": ""}):
+                reports[key] = report
+    found.pop(AGAIN, None)
     return found
 
 

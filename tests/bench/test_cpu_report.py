@@ -12,6 +12,7 @@ from bench import plots, report
 from gpt2fast.benchmark.models import weight_bytes
 from gpt2fast.benchmark.record import Record
 from gpt2fast.benchmark.table import AGAIN, BARE, BASE, OURS
+from gpt2fast.benchmark.tables import times_table
 
 
 def quantiles(p50: float) -> dict[str, float]:
@@ -83,6 +84,23 @@ def test_tables(folder: Path) -> None:
     assert "- 355M, 512 + 64: not measured: no time left" in lines
     assert f"| {OURS} | 1.50 | 988 |" in part
     assert "`import gpt2fast` 2.000 s more" in part
+
+
+def test_who_is_in_two_companies_is_told_once() -> None:
+    share = {"share_of_bare": quantiles(0.8)}
+    first = {**CASE, "contenders": {BASE: timed(0.04), OURS: {"not measured": "no memory"}}}
+    second = {**OTHER, "contenders": {BASE: timed(0.05), OURS: timed(0.025) | share}}
+    third = {**second, "contenders": {OURS: timed(0.1) | {"share_of_bare": quantiles(0.2)}}}
+    table = times_table([first, second, third])
+    assert f"| {OURS} | 25.0 ms, **1.60**" in table
+    assert "| 40.0 ms" in table
+    (line, _) = report.bare_lines([first, second, third])
+    assert line.count("124M, 32 + 128") == 1
+    assert "80%" in line
+    wrong = {**first, "contenders": {OURS: {"wrong": "new token 0 is 1"}}}
+    assert f"| {OURS} | wrong |" in times_table([wrong, second])
+    without_base = {**CASE, "contenders": {OURS: {"p": quantiles(0.01)}}}
+    assert f"| {OURS} | 10.0 ms |" in times_table([without_base])
 
 
 def test_page_is_filled_between_its_marks(tmp_path: Path) -> None:
