@@ -89,8 +89,9 @@ class Scorer:
         model: a name or folder, as `GPT2LMHeadModel.from_pretrained` takes it; or such a model, or
             transformers' (plain ones are used where they lie, on this package's ops; those with
             hooks or adapters by their own forward pass). It must be in evaluation mode.
-        tokenizer: anything with ``encode(text) -> list[int]``; by default the model's own, or
-            GPT-2's. Special tokens in a text are ordinary text to it.
+        tokenizer: anything with ``encode(text) -> list[int]``; by default that of the name or
+            folder, and GPT-2's where it has none or a model is given. Special tokens in a text are
+            ordinary text to it.
         stride: tokens from one window to the next, at most max_length. Every token of a long text
             is scored with at least ``max_length - stride`` tokens before it. By default half of
             max_length.

@@ -81,6 +81,16 @@ def test_a_tokenizer_of_its_own_has_a_cache_of_its_own(tmp_path):
     assert load_tokens([path], cache, tokenizer).tolist() == [2, 2, 3, 1, 4]
 
 
+def test_a_tokenizer_that_is_not_in_the_hubs_cache_is_missed(tmp_path, monkeypatch):
+    """Others fetch weights alone. GPT-2's tokenizer instead would be wrong, if nothing said so."""
+    import gpt2fast.tokenizer.files as files
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(files, "download", lambda name, **options: tmp_path)
+    with pytest.warns(UserWarning, match="found no tokenizer of some/model, so GPT-2's is used"):
+        assert own_tokenizer("some/model") is None
+
+
 @pytest.mark.skipif(os.name != "posix", reason="locks folders, which POSIX allows")
 def test_where_folders_have_no_locks(tmp_path, monkeypatch):
     import fcntl
