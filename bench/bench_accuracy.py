@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.suite.environment import environment
 from gpt2fast import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, quantize
-from gpt2fast.benchmark.environment import environment
-from gpt2fast.kernels import packing, quantized, quantized_ops
+from gpt2fast.kernels import packing, quantized
 from gpt2fast.layers import Conv1D
 from gpt2fast.quantized_layers import QuantizedConv1D, QuantizedHead
 
@@ -97,9 +97,9 @@ def _one_range(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 class _OneRange:
     def __init__(self, module: Any) -> None:
         self._bias, self._outputs = module.bias, module.outputs
-        levels = int(quantized.int8_ops()[quantized_ops.Fbgemm.name]["levels"])
+        levels = int(quantized.int8_ops()[quantized.Fbgemm.name]["levels"])
         self._reduced = levels < 255
-        self._packed = quantized_ops.Fbgemm(module.weight, module.scale, None, levels)._packed
+        self._packed = quantized.Fbgemm(module.weight, module.scale, None, levels)._packed
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])

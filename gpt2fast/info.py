@@ -150,11 +150,13 @@ def _engine(kind: str) -> str:
 
 
 def _int8() -> str | None:
-    """The ops that int8 weights are multiplied by on the CPU, as a short measurement chooses."""
-    from gpt2fast.kernels.quantized import int8_choice
+    """The op that int8 weights are multiplied by on the CPU, as a short measurement chooses it."""
+    from gpt2fast.kernels.quantized import int8_op
 
-    choice = int8_choice()
-    return None if choice is None else str(choice)
+    op = int8_op()
+    if op is None:
+        return None
+    return f"{op.func.name}, {op.keywords['levels']} levels of activations"
 
 
 def _bundled() -> str | None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from gpt2fast.kernels import packing, quantized
-from gpt2fast.kernels.quantized_ops import Packed
 
 
 class Quantized(nn.Module):
@@ -31,7 +30,7 @@ class Quantized(nn.Module):
         super().__init__()
         self.bits = bits
         self.outputs, self.inputs = weight.shape[0], weight.shape[1] * (2 if bits == 4 else 1)
-        self.packed: Packed | None = None
+        self.packed: quantized.Packed | None = None
         self._buffers["weight"] = weight
         self.register_buffer("scale", scale)
         self.training = False
@@ -150,15 +149,15 @@ class _Linear(Quantized):
         """The same for ``[M, K]``, without `forward`'s check."""
         packed = self.packed
         if packed is None and x.device.type == "cpu":
-            packed = self._pack(len(x))
+            packed = self._pack()
         if packed is None:
             product = quantized.plain_linear(x, self.weight, self.scale, self.bits)
             return product if self.bias is None else product.add_(self.bias)
         return packed(x.float()).to(x.dtype)
 
-    def _pack(self, rows: int) -> Packed | None:
+    def _pack(self) -> quantized.Packed | None:
         bias = None if self.bias is None else self.bias.float()
-        self.packed = packed = quantized.pack(self.weight, self.scale, bias, self.bits, rows)
+        self.packed = packed = quantized.pack(self.weight, self.scale, bias, self.bits)
         return packed
 
 
@@ -188,9 +187,9 @@ class QuantizedHead(_Linear):
             self.packed = None
         return super().rows(x)
 
-    def _pack(self, rows: int) -> Packed | None:
+    def _pack(self) -> quantized.Packed | None:
         source = self._source()  # first, so that a write meanwhile is seen
-        packed = super()._pack(rows)
+        packed = super()._pack()
         if packed is not None:
             packed.source = source
         return packed
@@ -203,9 +202,9 @@ class QuantizedHead(_Linear):
 class QuantizedConv1D(_Linear):
     """Stands in for `Conv1D`, with the weight output-major. Packed, it keeps no second copy."""
 
-    def _pack(self, rows: int) -> Packed | None:
+    def _pack(self) -> quantized.Packed | None:
         # Another thread may be between these lines: the one is set before the other goes.
-        packed = super()._pack(rows)
+        packed = super()._pack()
         if packed is not None:
             self._buffers["weight"] = None
         return packed

@@ -1,35 +1,174 @@
 """Linear layers with low-bit weights: PyTorch's own ops, chosen by what they take on this machine.
 
 The forms are those of `gpt2fast.kernels.packing`, output-major ``[N, K]``: int8 with a scale an
-output, fp16, int4 with a scale a group. The ops, with their layouts, are in
-`gpt2fast.kernels.quantized_ops`; which of them are there, right and fast is found by trying.
+output, fp16, int4 with a scale a group. On a CPU int8 weights are multiplied with activations that
+are rounded to 8 bits as well, each row x_i of them with a step and a zero of its own,
+
+    x_i  ~  step_i (u_i + zero_i),            u_i integers in 0 .. levels
+    x_i W^T  ~  step_i (u_i q^T) scale + step_i zero_i sum_k W^T
+
+so that a row comes out the same, but for the last bits, whatever rows are evaluated with it.
+Without VNNI the CPU adds pairs of products in 16 bits, where 255 * 127 * 2 saturates: `levels` is
+then 127 instead of 255. Which is the case is found by trying.
+
+fp16 weights are multiplied in float32. Nothing here has a gradient.
 """
 
 import functools
 import time
-from typing import NamedTuple
+import warnings
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2fast.kernels.packing import dequantize
-from gpt2fast.kernels.quantized_ops import (
-    FULL,
-    REDUCED,
-    Bags,
-    Fbgemm,
-    Fp16,
-    Int8,
-    Int8Kind,
-    Onednn,
-    Packed,
-    full,
-)
 
-_BLOCK = 8192  # outputs that are dequantised at a time: bounds what exists in float32
+_FULL, _REDUCED = 255, 127
+# Outputs that are packed, or dequantised, at a time: bounds what exists in float32.
+_BLOCK = 8192
 
-_KINDS: dict[str, type[Int8Kind]] = {kind.name: kind for kind in (Fbgemm, Onednn, Bags)}
+
+class Packed(ABC):
+    """A weight in the layout of one op, with its bias.
+
+    Attributes:
+        source: the tensors that were packed, each with its count of writes then, where their owner
+            keeps them and has set it.
+    """
+
+    name: ClassVar[str]
+    source: tuple[tuple[Tensor, int], ...] = ()
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x W^T + b`` of float32 ``[M, K]``: float32 ``[M, N]``."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The weight ``[N, K]`` that was packed, value for value."""
+
+
+class _Int8(Packed):
+    """8-bit activations and weights; a subclass multiplies the integers."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, levels: int) -> None:
+        self._bias, self._levels = bias, levels
+        self._pack(weight, scale)
+        # sum_k W^T, a hundred times as fast as PyTorch sums integers
+        self._sums = self._multiply(_full((1, weight.shape[1]), 1.0))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # The range holds 0, and is never empty.
+        low = x.amin(1, keepdim=True).clamp_max_(-1e-30)
+        step = (x.amax(1, keepdim=True).clamp_min_(0) - low).mul_(1 / self._levels)
+        zero = (low / step).round_()
+        product = self._multiply((x / step).sub_(zero))
+        offset = zero.mul_(step)
+        if self._bias is None:
+            rest = offset * self._sums
+        else:
+            rest = torch.addcmul(self._bias, offset, self._sums)
+        return rest.addcmul_(product, step)
+
+    @abstractmethod
+    def _pack(self, weight: Tensor, scale: Tensor) -> None:
+        """Lay the weight out."""
+
+    @abstractmethod
+    def _multiply(self, levels: Tensor) -> Tensor:
+        """Values in 0 .. levels, and half of one more, rounded, times the weight."""
+
+
+class Fbgemm(_Int8):
+    """``quantized.linear_*``: blocks laid out for the CPU's integer instructions."""
+
+    name = "quantized.linear"
+
+    def _pack(self, weight: Tensor, scale: Tensor) -> None:
+        zeros = torch.zeros(len(weight), dtype=torch.long, device="cpu")
+        with warnings.catch_warnings():
+            # Tensors of these types are announced for removal; `int8_ops` copes with that.
+            warnings.simplefilter("ignore")
+            wrapped = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            self._packed: Any = torch.ops.quantized.linear_prepack(wrapped, None)
+        self._dynamic = torch.ops.quantized.linear_dynamic.default
+        self._static = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return super().__call__(x)
+        # The op's one range for all rows is this row's: the same numbers in a third of the calls.
+        try:
+            product: Tensor = self._dynamic(x, self._packed, self._levels == _REDUCED)
+        except RuntimeError:  # it refuses what is not a number, which is to come out as that
+            return super().__call__(x)
+        return product if self._bias is None else product.add_(self._bias)
+
+    def _multiply(self, levels: Tensor) -> Tensor:
+        product: Tensor = self._static(levels, 1.0, 0, self._packed)
+        return product
+
+    def weight(self) -> Tensor:
+        unpacked: Tensor = torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
+        return unpacked
+
+
+class Onednn(_Int8):
+    """``onednn.qlinear_pointwise``, which also knows the CPU's matrix tiles (AMX)."""
+
+    name = "onednn.qlinear"
+
+    def _pack(self, weight: Tensor, scale: Tensor) -> None:
+        self._packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._scale = scale
+        self._zeros = torch.zeros(len(weight), dtype=torch.int32, device="cpu")
+
+    def _multiply(self, levels: Tensor) -> Tensor:
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            levels.round_().clamp_(0, _FULL).to(torch.uint8),  # 256 would come out as 0
+            1.0,
+            0,
+            self._packed,
+            self._scale,
+            self._zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return product
+
+    def weight(self) -> Tensor:
+        return self._packed.to_dense().t().contiguous()
+
+
+class Fp16(Packed):
+    """``quantized.linear_dynamic_fp16``: weights widened in registers, float32 arithmetic."""
+
+    name = "quantized.linear_dynamic_fp16"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        pack = torch.ops.quantized.linear_prepack_fp16
+        parts = weight.split(_BLOCK)
+        biases = [None] * len(parts) if bias is None else bias.split(_BLOCK)
+        self._parts = [
+            pack(part.float(), part_bias) for part, part_bias in zip(parts, biases, strict=True)
+        ]
+        self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        products: list[Tensor] = [self._multiply(x, part) for part in self._parts]
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+    def weight(self) -> Tensor:
+        unpack = torch.ops.quantized.linear_unpack_fp16
+        return torch.cat([unpack(part)[0].half() for part in self._parts])
 
 
 def plain_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> Tensor:
@@ -48,18 +187,15 @@ def plain_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bits: int) -> 
     return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
-def pack(
-    weight: Tensor, scale: Tensor | None, bias: Tensor | None, bits: int, rows: int
-) -> Packed | None:
+def pack(weight: Tensor, scale: Tensor | None, bias: Tensor | None, bits: int) -> Packed | None:
     """The weight in the layout of the fastest op; None where `plain_linear` has to serve.
 
     Args:
         weight, scale, bits: as for `plain_linear`, on the CPU.
         bias: float32 ``[N]`` or None.
-        rows: of the first call, for which it is laid out.
     """
-    if bits == 8 and scale is not None and (choice := int8_choice()) is not None:
-        return choice.lay_out(weight, scale, bias, rows)
+    if bits == 8 and scale is not None and (op := int8_op()) is not None:
+        return op(weight, scale, bias)
     if bits == 16 and fp16_packs():
         return Fp16(weight, bias)
     return None
@@ -76,42 +212,16 @@ def fp16_packs() -> bool:
         return False
 
 
-class Int8Choice(NamedTuple):
-    """The op for up to ``most`` rows, if another than the one for many; and levels of both."""
-
-    few: type[Int8Kind] | None
-    most: int
-    many: type[Int8Kind]
-    levels: int
-
-    def __str__(self) -> str:
-        few = "" if self.few is None else f"{self.few.name} up to {self.most} rows, then "
-        return f"{few}{self.many.name}, {self.levels} levels of activations"
-
-    def lay_out(self, weight: Tensor, scale: Tensor, bias: Tensor | None, rows: int) -> Packed:
-        """For `pack`, which has the arguments."""
-        few, most, many, levels = self
-        if few is None:
-            return many(weight, scale, bias, levels)
-        return Int8(weight, scale, bias, rows, few=few, many=many, most=most, levels=levels)
-
-
 @functools.cache
-def int8_choice() -> Int8Choice | None:
+def int8_op() -> "functools.partial[Fbgemm | Onednn] | None":
     """The fastest of `int8_ops` for 128 tokens after a prompt of as many; None if there is none."""
-    times = int8_ops()
-    if not times:
+    rows = int8_ops()
+    if not rows:
         return None
-    alone = times.get(Bags.name, {"one row": float("inf")})["one row"]
-
-    def cost(name: str) -> float:
-        return 128 * min(times[name]["one row"], alone) + times[name]["128 rows"]
-
-    best = min(times, key=cost)
-    many, levels = _KINDS[best], int(times[best]["levels"])
-    if many is Bags or times[best]["one row"] <= alone:
-        return Int8Choice(None, 0, many, levels)
-    return Int8Choice(Bags, _most_rows(many, levels), many, levels)
+    name = min(rows, key=lambda op: 128 * rows[op]["one row"] + rows[op]["128 rows"])
+    kinds: tuple[type[Fbgemm] | type[Onednn], ...] = Fbgemm, Onednn
+    kind = next(kind for kind in kinds if kind.name == name)
+    return functools.partial(kind, levels=int(rows[name]["levels"]))
 
 
 @functools.cache
@@ -123,14 +233,15 @@ def int8_ops() -> dict[str, dict[str, float]]:
         a 768 by 768 matrix takes with "one row" and "128 rows".
     """
     table = {}
+    weight, scale = _pattern(768, 768).mul_(127).to(torch.int8), _full((768,), 1 / 127)
     many = _pattern(128, 768)
     with torch.inference_mode(False), torch.no_grad():
-        for kind in _KINDS.values():
+        for kind in (Fbgemm, Onednn):
             try:
-                levels = FULL if _is_exact(kind, FULL) else REDUCED
-                if levels == REDUCED and not _is_exact(kind, REDUCED):
+                levels = _FULL if _is_exact(kind, _FULL) else _REDUCED
+                if levels == _REDUCED and not _is_exact(kind, _REDUCED):
                     continue
-                packed = _square(kind, levels)
+                packed = kind(weight, scale, None, levels)
                 one, more = _milliseconds(packed, many[:1]), _milliseconds(packed, many)
             except (RuntimeError, AttributeError):
                 continue  # this PyTorch, or this processor, does not have it
@@ -138,36 +249,20 @@ def int8_ops() -> dict[str, dict[str, float]]:
     return table
 
 
-def _most_rows(many: type[Int8Kind], levels: int) -> int:
-    """Up to how many rows, as measured, `Bags` is the faster one: it takes its time for each."""
-    x = _pattern(16, 768)
-    with torch.inference_mode(False), torch.no_grad():
-        few, other = _square(Bags, levels), _square(many, levels)
-        for rows in (2, 4, 8, 16):
-            if _milliseconds(few, x[:rows]) > _milliseconds(other, x[:rows]):
-                return rows // 2
-    return 16
-
-
-def _square(kind: type[Int8Kind], levels: int) -> Packed:
-    weight = _pattern(768, 768).mul_(127).to(torch.int8)
-    return kind(weight, full((768,), 1 / 127), None, levels)
-
-
-def _is_exact(kind: type[Int8Kind], levels: int) -> bool:
+def _is_exact(kind: type[Fbgemm] | type[Onednn], levels: int) -> bool:
     """Whether the largest activations and weights are summed exactly, in each sign."""
-    weight = full((64, 256), 127).to(torch.int8)
+    weight = _full((64, 256), 127).to(torch.int8)
     weight[1::2] = -127
-    top = full((2, 256), levels)
-    product = kind(weight, full((64,), 1), None, levels)._multiply(top.clone())
+    top = _full((2, 256), levels)
+    product = kind(weight, _full((64,), 1), None, levels)._multiply(top.clone())
     return torch.allclose(product, top @ weight.float().t(), rtol=1e-5)
 
 
 def _milliseconds(op: Packed, x: Tensor) -> float:
-    """The best of some calls, after a first one: more of short ones, which others disturb more."""
+    """The best of a few calls, after a first one."""
     op(x)
     best = float("inf")
-    for _ in range(24 if len(x) == 1 else 6):
+    for _ in range(24 if len(x) == 1 else 6):  # other programs disturb short calls more
         start = time.perf_counter()
         op(x)
         best = min(best, time.perf_counter() - start)
@@ -178,3 +273,8 @@ def _pattern(rows: int, columns: int) -> Tensor:
     """Values in -1 .. 1, without touching the state of random numbers."""
     numbers = torch.arange(1, rows * columns + 1, dtype=torch.float32, device="cpu")
     return numbers.mul_(0.7548777).sin_().view(rows, columns)
+
+
+def _full(shape: tuple[int, ...], value: float) -> Tensor:
+    """Of the ops' dtype and device, whatever the process's defaults are."""
+    return torch.full(shape, value, dtype=torch.float32, device="cpu")

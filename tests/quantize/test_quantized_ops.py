@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2fast.kernels import packing, quantized, quantized_ops
+from gpt2fast.kernels import packing, quantized
 from tests.tolerances import INT8_SPREAD, assert_close, relative_error
 
 SHAPES = [(1, 1, 1), (3, 63, 769), (17, 64, 5), (5, 768, 130)]
-KINDS = [quantized_ops.Fbgemm, quantized_ops.Onednn, quantized_ops.Bags]
+KINDS = [quantized.Fbgemm, quantized.Onednn]
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def _weights(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
     return *packing.quantize_int8(weight), torch.randn(outputs)
 
 
-def _levels(kind: type[quantized_ops.Int8Kind]) -> int:
+def _levels(kind: type[quantized.Fbgemm] | type[quantized.Onednn]) -> int:
     if kind.name not in quantized.int8_ops():
         pytest.skip(f"this machine has no {kind.name}")
     return int(quantized.int8_ops()[kind.name]["levels"])
@@ -33,17 +33,10 @@ def _steps(x: Tensor, levels: int) -> Tensor:
     return (x.amax(1).clamp_min(0) - x.amin(1).clamp_max(0)).double() / levels
 
 
-@pytest.mark.skipif(
-    "fbgemm" not in torch.backends.quantized.supported_engines, reason="not an x86 CPU"
-)
-def test_an_x86_cpu_has_the_ops_for_few_rows_and_for_many() -> None:
-    assert {quantized_ops.Fbgemm.name, quantized_ops.Bags.name} <= quantized.int8_ops().keys()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_int8_errs_by_the_rounding_of_its_activations(
-    kind: type[quantized_ops.Int8Kind], shape: tuple[int, int, int]
+    kind: type[quantized.Fbgemm] | type[quantized.Onednn], shape: tuple[int, int, int]
 ) -> None:
     levels = _levels(kind)
     rows, inputs, outputs = shape
@@ -66,7 +59,7 @@ def test_int8_errs_by_the_rounding_of_its_activations(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_int8_does_not_saturate(kind: type[quantized_ops.Int8Kind]) -> None:
+def test_int8_does_not_saturate(kind: type[quantized.Fbgemm] | type[quantized.Onednn]) -> None:
     levels = _levels(kind)
     weight = torch.full((32, 512), 127, dtype=torch.int8)
     weight[::2] = -127
@@ -79,7 +72,7 @@ def test_int8_does_not_saturate(kind: type[quantized_ops.Int8Kind]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_top_of_a_range_may_lie_half_a_level_above_the_last(
-    kind: type[quantized_ops.Int8Kind],
+    kind: type[quantized.Fbgemm] | type[quantized.Onednn],
 ) -> None:
     """With a step of 1, -1.5 is rounded to a zero of -2, and 253.5 lies at 255.5 from there."""
     _levels(kind)
@@ -91,7 +84,7 @@ def test_the_top_of_a_range_may_lie_half_a_level_above_the_last(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_comes_out_as_it_would_alone(
-    kind: type[quantized_ops.Int8Kind],
+    kind: type[quantized.Fbgemm] | type[quantized.Onednn],
 ) -> None:
     weight, scale, bias = _weights(70, 96)
     op = kind(weight, scale, bias, _levels(kind))
@@ -101,32 +94,10 @@ def test_a_row_comes_out_as_it_would_alone(
         assert relative_error(op(row[None])[0], together[i]) < 1e-5
 
 
-@pytest.mark.parametrize("first", [1, 6])
-@pytest.mark.parametrize("many", KINDS[:2])
-def test_a_row_comes_out_the_same_in_either_op_of_a_pair(
-    many: type[quantized_ops.Int8Kind], first: int
-) -> None:
-    """Few rows by one op, more by another: both round the activations alike."""
-    levels = _levels(many)
-    weight, scale, bias = _weights(130, 96)
-    few = quantized_ops.Bags
-    op = quantized_ops.Int8(weight, scale, bias, first, few=few, many=many, most=2, levels=levels)
-    x = torch.randn(6, 96) * torch.logspace(-1, 2, 6)[:, None]
-    op(x[:first])
-    together = op(x)
-    for rows in (1, 2):
-        for i in range(0, 6, rows):
-            assert relative_error(op(x[i : i + rows]), together[i : i + rows]) < 1e-5
-    assert torch.equal(op.weight(), weight)
-
-
-@pytest.mark.parametrize("kind", [quantized_ops.Fbgemm, quantized_ops.Bags])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_int8_hides_no_row_that_is_not_finite(
-    kind: type[quantized_ops.Int8Kind], bad: float
-) -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_int8_hides_no_row_that_is_not_finite(bad: float) -> None:
     weight, scale, bias = _weights(40, 64)
-    op = kind(weight, scale, bias, _levels(kind))
+    op = quantized.Fbgemm(weight, scale, bias, _levels(quantized.Fbgemm))
     x = torch.randn(3, 64)
     x[1] = bad
     assert not op(x[1:2]).isfinite().any()
@@ -143,7 +114,7 @@ def test_fp16_weights_in_float32_arithmetic(shape: tuple[int, int, int], with_bi
     bias = torch.randn(outputs) if with_bias else None
     x = torch.randn(rows, inputs)
     expected = x.double() @ weight.double().t() + (0 if bias is None else bias)
-    assert_close("linear", "forward", quantized_ops.Fp16(weight, bias)(x), expected)
+    assert_close("linear", "forward", quantized.Fp16(weight, bias)(x), expected)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -159,16 +130,16 @@ def test_plain_linear_is_the_form_s_definition(bits: int, outputs: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_packed_comes_back(
-    kind: type[quantized_ops.Int8Kind],
+    kind: type[quantized.Fbgemm] | type[quantized.Onednn],
 ) -> None:
     weight, scale, bias = _weights(33, 70)
     assert torch.equal(kind(weight, scale, bias, _levels(kind)).weight(), weight)
     halves = torch.randn(9000, 24).mul(1e-5).half()  # some of them subnormal
-    assert torch.equal(quantized_ops.Fp16(halves, None).weight(), halves)
+    assert torch.equal(quantized.Fp16(halves, None).weight(), halves)
 
 
 def test_the_defaults_of_a_process_do_not_matter() -> None:
-    cached = (quantized.int8_choice, quantized.int8_ops, quantized.fp16_packs)
+    cached = (quantized.int8_op, quantized.int8_ops, quantized.fp16_packs)
     expected = quantized.int8_ops().keys(), quantized.fp16_packs()
     for function in cached:
         function.cache_clear()
@@ -187,17 +158,16 @@ def test_an_op_that_is_missing_is_not_chosen(monkeypatch: pytest.MonkeyPatch) ->
     def missing(*args: object) -> None:
         raise AttributeError("no such op")
 
-    for cached in (quantized.int8_choice, quantized.int8_ops):
+    for cached in (quantized.int8_op, quantized.int8_ops):
         cached.cache_clear()
     try:
-        monkeypatch.setattr(quantized_ops.Fbgemm, "_pack", missing)
-        assert quantized_ops.Fbgemm.name not in quantized.int8_ops()
-        for kind in (quantized_ops.Onednn, quantized_ops.Bags):
-            monkeypatch.setattr(kind, "_pack", missing)
-        for cached in (quantized.int8_choice, quantized.int8_ops):
+        monkeypatch.setattr(quantized.Fbgemm, "_pack", missing)
+        assert quantized.Fbgemm.name not in quantized.int8_ops()
+        monkeypatch.setattr(quantized.Onednn, "_pack", missing)
+        for cached in (quantized.int8_op, quantized.int8_ops):
             cached.cache_clear()
         weight, scale, bias = _weights(8, 16)
-        assert quantized.pack(weight, scale, bias, 8, rows=1) is None
+        assert quantized.pack(weight, scale, bias, 8) is None
     finally:
-        for cached in (quantized.int8_choice, quantized.int8_ops):
+        for cached in (quantized.int8_op, quantized.int8_ops):
             cached.cache_clear()
