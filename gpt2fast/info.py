@@ -156,7 +156,8 @@ def _int8() -> str | None:
     op = int8_op()
     if op is None:
         return None
-    return f"{op.func.name}, {op.keywords['levels']} levels of activations"
+    kind, levels = op
+    return f"{kind.name}, {levels} levels of activations"
 
 
 def _bundled() -> str | None:

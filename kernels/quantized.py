@@ -195,7 +195,8 @@ def pack(weight: Tensor, scale: Tensor | None, bias: Tensor | None, bits: int) -
         bias: float32 ``[N]`` or None.
     """
     if bits == 8 and scale is not None and (op := int8_op()) is not None:
-        return op(weight, scale, bias)
+        kind, levels = op
+        return kind(weight, scale, bias, levels)
     if bits == 16 and fp16_packs():
         return Fp16(weight, bias)
     return None
@@ -213,15 +214,19 @@ def fp16_packs() -> bool:
 
 
 @functools.cache
-def int8_op() -> "functools.partial[Fbgemm | Onednn] | None":
-    """The fastest of `int8_ops` for 128 tokens after a prompt of as many; None if there is none."""
+def int8_op() -> tuple[type[Fbgemm] | type[Onednn], int] | None:
+    """The fastest of `int8_ops` for 128 tokens after a prompt of as many, and its levels.
+
+    Returns:
+        None if there is none.
+    """
     rows = int8_ops()
     if not rows:
         return None
     name = min(rows, key=lambda op: 128 * rows[op]["one row"] + rows[op]["128 rows"])
     kinds: tuple[type[Fbgemm] | type[Onednn], ...] = Fbgemm, Onednn
     kind = next(kind for kind in kinds if kind.name == name)
-    return functools.partial(kind, levels=int(rows[name]["levels"]))
+    return kind, int(rows[name]["levels"])
 
 
 @functools.cache
