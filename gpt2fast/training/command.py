@@ -189,11 +189,15 @@ def _run(args: argparse.Namespace) -> int:
 
     device = own_device(pick_device(args.device))
     cache = Path(args.cache_dir).expanduser()
-    tokenizer = own_tokenizer(args.init_from) if args.init_from else None
-    train = load_tokens(find_files(args.data), cache, tokenizer)
-    valid = load_tokens(find_files(args.valid), cache, tokenizer) if args.valid else None
+    files = find_files(args.data)
+    valid_files = find_files(args.valid) if args.valid else []
     torch.manual_seed(args.seed)
     model = _build_model(args).to(device)
+    tokenizer = None
+    if args.init_from and any(path.suffix != ".bin" for path in (*files, *valid_files)):
+        tokenizer = own_tokenizer(args.init_from)
+    train = load_tokens(files, cache, tokenizer)
+    valid = load_tokens(valid_files, cache, tokenizer) if valid_files else None
     with start_workers(args.parallel, device) as workers:
         trainer = Trainer(
             model,

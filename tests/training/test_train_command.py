@@ -135,7 +135,7 @@ def test_a_signal_saves_and_a_finished_run_leaves_everything(tmp_path, texts, ca
         torch.testing.assert_close(ours, theirs, rtol=2**-11, atol=3e-6)
 
 
-def test_fine_tuning_reads_texts_as_the_model_does(tmp_path, texts):
+def test_fine_tuning_reads_texts_as_the_model_does(tmp_path, texts, capsys):
     """With the tokenizer of its folder: here one of bytes alone, and an end."""
     folder, out = tmp_path / "model", tmp_path / "out"
     config = GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=1)
@@ -150,6 +150,15 @@ def test_fine_tuning_reads_texts_as_the_model_does(tmp_path, texts):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["training_tokens"] == (tmp_path / "train.txt").stat().st_size + 1
     assert GPT2Tokenizer.from_pretrained(out).encoder == encoder
+
+    # One of a kind that is not here matters for texts alone.
+    (folder / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+    command[command.index("--out") + 1] = str(tmp_path / "second")
+    assert main(command) == 1
+    assert "has not the form of a tokenizer.json" in capsys.readouterr().err
+    (tmp_path / "ids.bin").write_bytes(bytes(400))
+    command[1 : command.index("--cache-dir")] = ["--data", str(tmp_path / "ids.bin")]
+    assert main(command) == 0
 
 
 def test_models_that_cannot_be_trained_in_that_place(tmp_path, texts, capsys):
