@@ -21,6 +21,13 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def has_dependent_launch() -> bool:
+    """Whether steps on the chip run under programmatic dependent launch, as engines decide."""
+    from gpt2fast.kernels._triton.target import current_target
+
+    return current_target(torch.device("meta")).capability >= (9, 0)
+
+
 def _decode(
     batch: int,
     heads: int,
@@ -291,9 +298,10 @@ def _engine_attention(*args: Any, **options: Any) -> None:
     def launch(weights: Any, state: Any, cache: Tensor, buffers: Any) -> None:
         if cache.dtype == torch.float8_e4m3fn and current_target(cache.device).capability < (8, 9):
             return
-        attention.launch_attend(weights, state, cache, buffers, 3)
+        pdl = has_dependent_launch()
+        attention.launch_attend(weights, state, cache, buffers, 3, pdl)
         if buffers.splits > 1:
-            attention.launch_combine(weights, buffers)
+            attention.launch_combine(weights, buffers, pdl)
 
     _engine(*args, launch=launch, **options)
 
@@ -302,9 +310,10 @@ def _engine_sampling(rows: int, drafts: int, greedy: bool) -> None:
     from gpt2fast.kernels._triton.engine import sampling
 
     def launch(_: Any, state: Any, cache: Tensor, buffers: Any) -> None:
+        pdl = has_dependent_launch()
         if drafts:
-            sampling.launch_propose(state, buffers, drafts, 2)
-        sampling.launch_select(state, buffers, drafts, greedy)
+            sampling.launch_propose(state, buffers, drafts, 2, pdl)
+        sampling.launch_select(state, buffers, drafts, greedy, pdl)
 
     _engine(rows, 1, launch=launch)
 

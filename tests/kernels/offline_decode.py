@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from tests.kernels.offline_cases import empty
+from tests.kernels.offline_cases import empty, has_dependent_launch
 
 CASES: dict[str, Callable[[], None]] = {}
 
@@ -59,23 +59,24 @@ def _launch(
     except ValueError:
         return  # no such cache on this chip
     buffers = StepBuffers.allocate(weights, rows, 8)
+    pdl = has_dependent_launch()
     few: dict[str, Callable[[], None]] = {
-        "embed": lambda: graph.launch_embed(weights, state, buffers, False),
-        "qkv": lambda: graph.launch_qkv(weights, state, cache, buffers, 1, False),
-        "merge": lambda: graph.launch_add(weights.out, heads, buffers.partial, buffers, 1, False),
-        "fc": lambda: graph.launch_fc(weights, buffers, 1, False),
-        "proj": lambda: graph.launch_add(weights.proj, heads, buffers.inner, buffers, 1, False),
-        "head": lambda: graph.launch_head(weights, buffers, False, False),
-        "greedy head": lambda: graph.launch_head(weights, buffers, True, False),
+        "embed": lambda: graph.launch_embed(weights, state, buffers, pdl),
+        "qkv": lambda: graph.launch_qkv(weights, state, cache, buffers, 1, pdl),
+        "merge": lambda: graph.launch_add(weights.out, heads, buffers.partial, buffers, 1, pdl),
+        "fc": lambda: graph.launch_fc(weights, buffers, 1, pdl),
+        "proj": lambda: graph.launch_add(weights.proj, heads, buffers.inner, buffers, 1, pdl),
+        "head": lambda: graph.launch_head(weights, buffers, False, pdl),
+        "greedy head": lambda: graph.launch_head(weights, buffers, True, pdl),
     }
     many: dict[str, Callable[[], None]] = {
         "normalize": lambda: graph_tiles.launch_normalize(
-            buffers, weights.out, 1, weights.ln_2, 1, 1e-5, False
+            buffers, weights.out, 1, weights.ln_2, 1, 1e-5, pdl
         ),
-        "qkv": lambda: graph_tiles.launch_qkv_tiles(weights, state, cache, buffers, 1, False),
-        "fc": lambda: graph_tiles.launch_fc_tiles(weights, buffers, 1, False),
-        "proj": lambda: graph_tiles.launch_parts(weights.proj, buffers.inner, buffers, 1, False),
-        "greedy head": lambda: graph_tiles.launch_head_tiles(weights, buffers, True, False),
+        "qkv": lambda: graph_tiles.launch_qkv_tiles(weights, state, cache, buffers, 1, pdl),
+        "fc": lambda: graph_tiles.launch_fc_tiles(weights, buffers, 1, pdl),
+        "proj": lambda: graph_tiles.launch_parts(weights.proj, buffers.inner, buffers, 1, pdl),
+        "greedy head": lambda: graph_tiles.launch_head_tiles(weights, buffers, True, pdl),
     }
     for phase in phases.split(", "):
         (few if rows <= FEW_ROWS else many)[phase]()

@@ -87,6 +87,12 @@ def test_every_kernel_is_compiled_for_every_chip(records: list[dict[str, Any]]) 
         assert {r["kernel"] for r in records if r["chip"] == chip} == defined
 
 
+def test_steps_are_compiled_as_engines_launch_them(records: list[dict[str, Any]]) -> None:
+    """Under programmatic dependent launch where the chip has it: more registers are alive then."""
+    found = {(r["chip"], r["constants"]["PDL"]) for r in records if "PDL" in r["constants"]}
+    assert found == {(chip, chip >= 90) for chip in CHIPS}
+
+
 def _selectable(chip: Target) -> dict[str, set[Any]]:
     """Kernel -> the tiles that `configs` selects for 16-bit operands on the chip, for any sizes.
 
