@@ -14,6 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 CHOICES = ("auto", "torch", "triton")
 MINIMUM_CAPABILITY = (8, 0)  # asynchronous copies and bfloat16 matrix instructions
@@ -103,7 +104,11 @@ def serves(device: torch.device, choice: str = "") -> bool:
 
 def readable(tensor: Tensor) -> bool:
     """Whether the host may look at the values now: not while tracing or capturing a CUDA graph."""
-    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+    if (
+        torch.compiler.is_compiling()
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor | FunctionalTensor)
+    ):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -77,12 +77,13 @@ def test_backward_pass_is_that_of_the_pinned_backend(direction: str) -> None:
 def test_compiled_peers_do_not_rely_on_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     # PyTorch's configuration is an attribute only once it was imported by somebody.
     monkeypatch.delattr(torch._functorch, "config")
-    monkeypatch.setattr(runner.functorch_config, "donated_buffer", True)
     case = attention_case(
         Model("tiny", 64, 2), 2, 5, torch.float32, lambda: kernels.backend("torch")
     )
-    runner.Contender(Provider(torch.add, compile_mode="default"), case.inputs(), dry_run=False)
-    assert runner.functorch_config.donated_buffer is False
+    # Its own way to patch: pytest's, undone, leaves a setting that says it does not exist.
+    with runner.functorch_config.patch(donated_buffer=True):
+        runner.Contender(Provider(torch.add, compile_mode="default"), case.inputs(), dry_run=False)
+        assert runner.functorch_config.donated_buffer is False
 
 
 def test_what_is_left_out_of_a_capture_does_not_prevent_one(
