@@ -21,9 +21,10 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("of", ["residual", "best_value"])
 @pytest.mark.parametrize("error", [None, 0.01, float("nan"), RuntimeError("not resident")])
 def test_persistent_kernel_is_not_trusted_blindly(
-    error: Any, monkeypatch: pytest.MonkeyPatch
+    error: Any, of: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = TritonRunner(tiny(n_layer=1), 1, POSITIONS)
     start(runner, 0, prompt(1), 4)
@@ -39,7 +40,8 @@ def test_persistent_kernel_is_not_trusted_blindly(
         runner._evaluate(buffers, greedy)
         own.best_value.fill_(buffers.best_value.max())
         if error is not None:
-            own.residual[0, 3] += error * own.residual.abs().max()
+            wrong = getattr(own, of)
+            wrong[0, -1] += error * wrong.abs().max()
         state.tokens.zero_()  # it chooses and commits
 
     monkeypatch.setattr(decode_step, "decode_persistent", decode)
