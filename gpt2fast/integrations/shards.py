@@ -42,7 +42,7 @@ def map_lines(
 
     Args:
         source: JSON Lines, an object a line, UTF-8; blank lines are skipped.
-        out: receives a line for each line of ``source``, in that order.
+        out: another file; receives a line for each line of ``source``, in that order.
         work: takes objects and gives as many results, plain JSON values, which go to ``out``.
         settings: plain JSON values that the results depend on; a job goes on only with the same.
         batch_size: how many lines ``work`` gets at once.
@@ -53,14 +53,21 @@ def map_lines(
     Raises:
         ValueError: a line is not UTF-8, no JSON or no object: the message has its number; the parts
             come from another source or other settings, or are damaged; ``work`` gives another
-            number of results, or numbers that JSON has not, as NaN.
+            number of results, or numbers that JSON has not, as NaN; ``out`` is ``source``; RANK or
+            ``batch_size`` is out of range.
         OSError: a file cannot be read or written.
     """
     source, out = Path(source), Path(out)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK must be 0 to WORLD_SIZE - 1; got {rank} of {world_size}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if out.resolve() == source.resolve():
+        raise ValueError(f"the results would take the place of the source, {source}")
     parts = out.with_name(f"{out.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    _agree(parts / "settings.json", {"source": _sha256(source), **settings})
+    _agree(parts / "settings.json", {**settings, "source's sha256": _sha256(source)})
     done = _done(parts)
     mine = (
         (number, row)
@@ -119,9 +126,12 @@ def _parts(folder: Path) -> list[Path]:
 def _entries(part: Path) -> Iterator[tuple[int, Row]]:
     """The numbers and results in a part, which ascend. Half a line at its end is no entry."""
     with part.open("rb") as file:
-        for line in file:
+        for place, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                number, result = json.loads(line)
+                try:
+                    number, result = json.loads(line)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{part}:{place} is damaged, remove it: {error}") from error
                 yield number, result
 
 

@@ -129,6 +129,45 @@ def test_other_settings_or_another_source_are_refused(run: Any, source: Path) ->
         run(0, 1, Work())
 
 
+def test_a_setting_may_be_called_source(run: Any, source: Path) -> None:
+    settings = {"source": source.name}
+    with pytest.raises(InterruptedError):
+        run(0, 1, Work(4), settings=settings)
+    source.write_bytes(source.read_bytes()[1:])
+    with pytest.raises(ValueError, match="another source's sha256"):
+        run(0, 1, Work(), settings=settings)
+
+
+def test_the_source_is_not_written_over(run: Any, source: Path, tmp_path: Path) -> None:
+    before = source.read_bytes()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(source)
+    for out in (source, link, tmp_path / "." / "in.jsonl"):
+        with pytest.raises(ValueError, match="take the place of the source"):
+            map_lines(source, out, Work(), settings=SETTINGS)
+    assert source.read_bytes() == before
+
+
+def test_numbers_out_of_range(run: Any) -> None:
+    with pytest.raises(ValueError, match="RANK must be 0 to WORLD_SIZE - 1; got 2 of 2"):
+        run(2, 2, Work())
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        run(0, 1, Work(), batch_size=0)
+
+
+@pytest.mark.parametrize("line", [b"\x00\x00\n", b"5\n", b"[1]\n"])
+def test_a_damaged_part_is_named(run: Any, source: Path, line: bytes) -> None:
+    with pytest.raises(InterruptedError):
+        run(0, 1, Work(4))
+    part = source.with_name("out.jsonl.parts") / "0-of-1.jsonl"
+    part.write_bytes(part.read_bytes() + line)
+    with pytest.raises(ValueError, match=r"0-of-1.jsonl:5 is damaged, remove it"):
+        run(0, 1, Work())
+    part.unlink()
+    assert run(0, 1, Work())
+    assert results(source) == EXPECTED
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
