@@ -3,13 +3,14 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.peers import table
+from tests.peers import table, vocabulary
 from tests.peers.outcomes import OUTPUT, RUN
 from tests.peers.sources import ROOT, TIKTOKEN, TRANSFORMERS, fetch
 
@@ -59,6 +60,8 @@ def main() -> None:
             fetch(source)
         except ConnectionError as error:
             raise SystemExit(f"{error}\nWithout it others' tests cannot run.") from None
+    # That of an earlier run may be of another `save_pretrained`.
+    shutil.rmtree(vocabulary.FOLDER, ignore_errors=True)
     ours = run("ours")
     if options.write:
         stored = {"ours": ours, "control": run("control")}

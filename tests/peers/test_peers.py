@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.peers import outcomes, reasons, sources, table
+from tests.peers import __main__ as command
+from tests.peers import outcomes, reasons, sources, table, vocabulary
 
 pytest_plugins = ["pytester"]
 
@@ -75,6 +76,23 @@ def test_the_tests_are_those_of_the_tested_versions() -> None:
     pinned = {line.partition(";")[0] for line in pins}
     for source in (sources.TRANSFORMERS, sources.TIKTOKEN):
         assert f"{source.name}=={source.version}" in pinned
+
+
+def test_the_vocabulary_of_an_earlier_run_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vocabulary, "FOLDER", tmp_path)
+    monkeypatch.setattr(command, "SOURCES", ())
+
+    def run(which: str) -> table.Outcomes:
+        assert which == "ours"
+        assert not tmp_path.exists()
+        return table.read()[which]
+
+    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr("sys.argv", ["peers"])
+    command.main()
+    assert capsys.readouterr().out == "others' tests: 0 worse than the table, 0 better\n"
 
 
 def test_worse_and_better() -> None:
