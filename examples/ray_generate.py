@@ -32,7 +32,7 @@ class WriteAndScore:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Continue and score texts of JSON Lines.")
     parser.add_argument("source", nargs="?", default=LINES, help='objects with "id" and "text"')
-    parser.add_argument("out", nargs="?", help="a folder for the results; default: print them")
+    parser.add_argument("out", nargs="?", help="a new folder for the results; default: print them")
     parser.add_argument("--model", default="bundled", help="a preset, a folder or a Hub name")
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--cpus", type=float, default=0.5, help="of an actor; leave one to read")
