@@ -64,10 +64,9 @@ def commit() -> dict[str, Any]:
     revision = _output("git", "-C", str(ROOT), "rev-parse", "HEAD") if IN_CHECKOUT else None
     if revision is None:
         return {"commit": os.environ.get("GPT2FAST_COMMIT", "unknown"), "dirty": None}
-    return {
-        "commit": revision,
-        "dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain")),
-    }
+    # What a run of several benchmarks has recorded so far changes nothing that the next measures.
+    measured = ("status", "--porcelain", "--", ".", ":!bench/results")
+    return {"commit": revision, "dirty": bool(_output("git", "-C", str(ROOT), *measured))}
 
 
 def _version(package: str) -> str | None:
