@@ -25,7 +25,7 @@ def accelerate(model: _Module, *, generate: bool = True) -> _Module:
     in other implementations it stays as it is); and the loss of the language-model head, which is
     computed without stored logits (without gradients, only where they are many). ``outputs.logits``
     is then computed when it is first looked at; after the head's weight has changed, looking is an
-    error.
+    error. The loss has no gradient with respect to them.
 
     Classes keep their names and `isinstance`; state dicts, hooks, adapters, caches, masks,
     checkpointing, saving, Trainer and ``torch.compile`` work as before. Modules that are hooked,
@@ -57,7 +57,6 @@ def accelerate(model: _Module, *, generate: bool = True) -> _Module:
             "accelerate needs a GPT-2 model of transformers; "
             f"got {type(model).__module__}.{type(model).__qualname__}"
         )
-    attention.register()
     for root in roots:
         _set_classes(root, generate)
         if modules.attends_as_usual(root.config):
@@ -81,7 +80,7 @@ def restore(model: _Module) -> _Module:
         ValueError, ImportError: as `accelerate`.
     """
     _check_version()
-    from gpt2fast.integrations import attention, modules
+    from gpt2fast.integrations import modules
 
     roots = list(_roots(model))
     if not roots:
@@ -97,7 +96,7 @@ def restore(model: _Module) -> _Module:
             if original is not None:
                 _set_class(module, original)
         vars(root).pop(_GENERATES, None)
-        _reset_config(model, root, attention.NAME)
+        _reset_config(model, root)
     return model
 
 
@@ -159,21 +158,25 @@ def _set_config(model: nn.Module, root: Any, name: str) -> None:
     original = root.config
     if original._attn_implementation != "sdpa":
         return
+    if _ORIGINAL in vars(root):  # a copy already
+        original._attn_implementation = name
+        return
     config = copy.copy(original)
     config._attn_implementation = name
     _replace_config(model, original, config)
-    setattr(root, _ORIGINAL, original)
+    setattr(root, _ORIGINAL, (original, dict(vars(config))))
 
 
-def _reset_config(model: nn.Module, root: Any, name: str) -> None:
-    original = vars(root).pop(_ORIGINAL, None)
-    if original is None:
+def _reset_config(model: nn.Module, root: Any) -> None:
+    held = vars(root).pop(_ORIGINAL, None)
+    if held is None:
         return
+    original, before = held
     config = root.config
-    implementation = config._attn_implementation
-    # What has been set in the meantime stays set.
-    vars(original).update(vars(config))
-    original._attn_implementation = "sdpa" if implementation == name else implementation
+    # What has been set in the meantime stays set; of the original, others may have set more.
+    for name, value in vars(config).items():
+        if name not in before or before[name] != value:
+            vars(original)[name] = value
     _replace_config(model, config, original)
 
 

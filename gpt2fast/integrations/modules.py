@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import activations, pytorch_utils
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.gpt2 import modeling_gpt2
 
 from gpt2fast import kernels
-from gpt2fast.integrations.attention import NAME, WEIGHTS
+from gpt2fast.integrations.attention import NAME, WEIGHTS, register
 from gpt2fast.integrations.decoding import Generates
 from gpt2fast.integrations.deferred import DeferredLogits
 from gpt2fast.kernels.backend import serves
@@ -36,10 +36,15 @@ _CAPTURING = "transformers.utils.output_capturing"  # whose hooks only collect o
 # Whether the forward pass that runs has labels, whose loss needs no logits.
 _LABELLED: ContextVar[bool] = ContextVar("labelled", default=False)
 
-# Today's blocks return a tensor; those before returned tuples, of several kinds.
-_BLOCKS_RETURN_TENSORS = (
-    "output_attentions" not in inspect.signature(modeling_gpt2.GPT2Block.forward).parameters
-)
+register()  # here, as a pickled model imports no more than its classes
+
+# What a block is called with, by position. Older ones had others, and returned tuples of several
+# kinds: those stay as they are, and so does the attention that they call.
+_, _, _CACHE, *_OTHERS = list(inspect.signature(modeling_gpt2.GPT2Block.forward).parameters)
+_KNOWN_BLOCKS = _CACHE in ("past_key_values", "cache") and _OTHERS[:2] == [
+    "attention_mask",
+    "encoder_hidden_states",
+]
 _MANY_LOGITS = 2**26  # 256 MB in float32
 
 # "sdpa" gives way to "eager" where weights or a head mask are asked for.
@@ -94,13 +99,14 @@ class GPT2MLP(modeling_gpt2.GPT2MLP):
 class GPT2Attention(modeling_gpt2.GPT2Attention):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Attends on the packed projection where there is no past, else as transformers does."""
-        past = kwargs.get("past_key_values")
         if _FALLS_BACK and self.config._attn_implementation == NAME:
             token = WEIGHTS.set(bool(kwargs.get("output_attentions")))
             try:
                 return super().forward(hidden_states, *args, **kwargs)
             finally:
                 WEIGHTS.reset(token)
+        # By its class: between versions, the name differs.
+        past = next((value for value in kwargs.values() if isinstance(value, Cache)), None)
         if args or not self._attends_packed(hidden_states, past, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         qkv = self.c_attn(hidden_states)
@@ -110,6 +116,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
             qkv,
             self.num_heads,
             mask=kwargs.get("attention_mask"),
+            scale=self.scaling,
             dropout_p=self.attn_dropout.p if self.training else 0.0,
         )
         return self.resid_dropout(self.c_proj(merged)), None
@@ -117,7 +124,7 @@ class GPT2Attention(modeling_gpt2.GPT2Attention):
     def _attends_packed(self, hidden_states: Tensor, past: Any, kwargs: dict[str, Any]) -> bool:
         mask = kwargs.get("attention_mask")
         return (
-            _BLOCKS_RETURN_TENSORS
+            _KNOWN_BLOCKS
             and self.config._attn_implementation == NAME
             and self.is_causal
             and getattr(self.config, "is_causal", True)
@@ -140,22 +147,23 @@ class GPT2Block(modeling_gpt2.GPT2Block):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """``[B, T, C]`` to ``[B, T, C]``; the residual additions are part of other ops."""
         ln_2, mlp = self.ln_2, self.mlp
+        cache = kwargs.pop("past_key_values", cache)
         if encoder_hidden_states is not None or not is_plain(ln_2, LayerNorm):
             return super().forward(
-                hidden_states, past_key_values, attention_mask, encoder_hidden_states, **kwargs
+                hidden_states, cache, attention_mask, encoder_hidden_states, **kwargs
             )
         kwargs.pop("encoder_attention_mask", None)
         attended, _ = self.attn(
             self.ln_1(hidden_states),
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
+            **{_CACHE: cache},
             **kwargs,
         )
         normed, hidden_states = kernels.add_layer_norm(
@@ -230,7 +238,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_gpt2.GPT2MLP: GPT2MLP,
     modeling_gpt2.GPT2Attention: GPT2Attention,
 }
-if _BLOCKS_RETURN_TENSORS:
+if _KNOWN_BLOCKS:
     LAYERS[modeling_gpt2.GPT2Block] = GPT2Block
 ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {
     ours: theirs for theirs, ours in {**HEADS, **LAYERS, nn.Linear: Linear}.items()
@@ -260,20 +268,39 @@ def is_untouched(model: nn.Module) -> bool:
     config: Any = model.config
     return (
         attends_as_usual(config)
+        and not _overrides(model)
         and getattr(config, "is_causal", True)
         and not _has_any_global_hook()
-        and all(_is_untouched(module) for module in model.modules())
+        and all(_is_untouched(module, config) for module in model.modules())
     )
 
 
-def _is_untouched(module: nn.Module) -> bool:
+def _overrides(model: nn.Module) -> bool:
+    """Whether a method was replaced in the object alone, as PEFT does to put its prompts in."""
+    own = [(value, getattr(type(model), name, None)) for name, value in vars(model).items()]
+    return any(
+        callable(value) and method is not None and getattr(value, "__func__", None) is not method
+        for value, method in own
+    )
+
+
+def _is_untouched(module: nn.Module, config: Any) -> bool:
     return (
         type(module) in _PLAIN
         and "forward" not in module.__dict__
         and not module._forward_pre_hooks
         and all(hook.__module__ == _CAPTURING for hook in module._forward_hooks.values())
         and not (isinstance(module, nn.Dropout) and drops(module))
-        and not (
-            isinstance(module, GPT2Attention) and module.training and module.attn_dropout.p > 0
-        )
+        and not (isinstance(module, LayerNorm) and module.eps != config.layer_norm_epsilon)
+        and not (isinstance(module, nn.Embedding) and module.max_norm is not None)
+        and not (isinstance(module, GPT2Attention) and not _attends_as_built(module, config))
+    )
+
+
+def _attends_as_built(module: Any, config: Any) -> bool:
+    return (
+        module.is_causal
+        and module.num_heads == config.n_head
+        and getattr(module, "scaling", module.head_dim**-0.5) == module.head_dim**-0.5
+        and not (module.training and module.attn_dropout.p > 0)
     )

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,29 @@ def test_what_is_set_meanwhile_stays_set() -> None:
     assert_forward(out.loss, model.double()(ids, labels=ids).loss)
 
 
+def test_what_others_set_in_the_original_stays_set() -> None:
+    config = transformers.GPT2Config(**sizes(n_layer=1))
+    model, other = (transformers.GPT2LMHeadModel(config) for _ in range(2))
+    gpt2fast.accelerate(model)
+    other.config.pad_token_id = 5
+    model.config.use_cache = False
+    gpt2fast.restore(model)
+    assert model.config is other.config is config
+    assert (config.pad_token_id, config.use_cache) == (5, False)
+    assert config._attn_implementation == "sdpa"
+
+
+def test_the_original_is_found_again_after_another_attention() -> None:
+    model = plain(n_layer=1)
+    before = snapshot(model)
+    gpt2fast.accelerate(model)
+    model.set_attn_implementation("sdpa")
+    gpt2fast.accelerate(model)
+    assert model.config._attn_implementation == "gpt2fast"
+    gpt2fast.restore(model)
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize(
     "wrong", [nn.Linear(2, 2), object(), None, gpt2fast.GPT2Model], ids=lambda x: type(x).__name__
 )
@@ -130,6 +155,22 @@ def test_copies_and_pickles_are_accelerated_and_apart() -> None:
         assert other.config._attn_implementation == "sdpa"
         assert_forward(other(ids).logits, wanted)
     assert model.config._attn_implementation == "gpt2fast"
+
+
+def test_pickles_work_in_other_processes(tmp_path: Path) -> None:
+    """As those of workers, where nobody has called `accelerate`."""
+    model, ids = gpt2fast.accelerate(plain(n_layer=1)), tokens(1, 6)
+    options = {"num_beams": 2, "max_new_tokens": 3}
+    (tmp_path / "model").write_bytes(pickle.dumps((model, ids, options)))
+    program = f"""
+import pathlib, pickle
+model, ids, options = pickle.loads(pathlib.Path({str(tmp_path / "model")!r}).read_bytes())
+print(model.generate(ids, **options).tolist())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], timeout=60, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(model.generate(ids, **options).tolist()), done.stderr
 
 
 def test_saved_folder_is_the_same(tmp_path: Path) -> None:
@@ -209,6 +250,32 @@ def test_low_rank_adapters(order: str) -> None:
     assert torch.equal(merged.generate(ids, max_new_tokens=5), wanted)
     gpt2fast.restore(merged)
     assert type(merged.transformer.h[0].attn.c_attn) is transformers.pytorch_utils.Conv1D
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ],
+    ids=["prompt", "prefix"],
+)
+def test_learned_prompts(config: Any) -> None:
+    """Which leave every module as it is."""
+    ids = tokens(2, 9)
+    ones = torch.ones_like(ids)
+    results = []
+    model = plain(n_layer=2)
+    adapted = peft.get_peft_model(model, config).eval()
+    prompt = list(adapted.prompt_encoder.parameters())
+    for _ in range(2):
+        loss = adapted(input_ids=ids, attention_mask=ones, labels=ids).loss
+        (gradient,) = torch.autograd.grad(loss, prompt)
+        generated = adapted.generate(input_ids=ids, attention_mask=ones, max_new_tokens=6)
+        results.append((loss, gradient, generated))
+        gpt2fast.accelerate(adapted)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+    assert not torch.equal(results[0][-1], model.generate(ids, max_new_tokens=6))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

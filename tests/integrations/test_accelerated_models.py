@@ -1,5 +1,6 @@
 """Accelerated models compute what they computed before, forward and backward."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -96,9 +97,13 @@ def test_complete_mask_of_the_caller() -> None:
         assert_same_outputs(ours(ids, attention_mask=mask), reference(ids, attention_mask=mask))
 
 
+@pytest.mark.parametrize("hooked", ["", "ln_2", "attn", "mlp"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_caches(kind: str) -> None:
-    ours, reference = pair()
+def test_caches(kind: str, hooked: str) -> None:
+    ours, reference = pair(n_layer=2)
+    if hooked:
+        for block in ours.transformer.h:
+            block.get_submodule(hooked).register_forward_hook(lambda *args: None)
     ids = tokens(2, 12)
     results = []
     for model in (ours, reference):
@@ -118,6 +123,23 @@ def test_caches(kind: str) -> None:
         assert_forward(got, wanted)
     with torch.no_grad():
         assert_forward(results[0][0], reference(ids).logits)
+
+
+def test_blocks_take_their_cache_by_name() -> None:
+    ours, reference = pair(n_layer=1)
+    outputs = []
+    hidden = torch.randn(2, 5, 48)
+    for model, states in ((ours, hidden), (reference, hidden.double())):
+        block = model.transformer.h[0]
+        past = transformers.DynamicCache()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer versions have another name besides
+            first = block(states, past_key_values=past)
+            outputs.append((first, block(states[:, :1], past_key_values=past)))
+        assert past.get_seq_length() == 6
+    for got, wanted in zip(*outputs, strict=True):
+        # Blocks of older versions return tuples.
+        assert_forward(*(x if isinstance(x, torch.Tensor) else x[0] for x in (got, wanted)))
 
 
 def test_weights_and_hidden_states() -> None:
