@@ -73,7 +73,7 @@ def _serve(
     options = dict(kwargs)
     ids = options.pop("input_ids", None) if inputs is None else inputs
     mask, streamer = options.pop("attention_mask", None), options.pop("streamer", None)
-    if not _are_prompts(ids, mask) or ids.device != model.device:
+    if not _is_batch(ids) or ids.device != model.device:
         return None
     # Arguments that are no options: processors, criteria, an assistant, a past.
     fields = vars(model.generation_config)
@@ -89,7 +89,12 @@ def _serve(
         # A default length is relative to the prompt in some versions and not in others.
         given = kwargs.get("max_length") or getattr(explicit, "max_length", None)
         new = config.max_length - length if given == config.max_length else 0
-    padded = mask is not None and bool((mask == 0).any())
+    eos, pad = _ids(config.eos_token_id), _ids(config.pad_token_id)
+    if mask is None:  # transformers knows padding by its id, unless that ends rows too
+        mask = torch.ones_like(ids) if not pad or pad[0] in eos else ids != pad[0]
+    if not _is_padded_on_the_left(ids, mask):
+        return None
+    padded = bool((mask == 0).any())
     penalty = 1.0 if config.repetition_penalty is None else config.repetition_penalty
     if (
         new < 1
@@ -102,11 +107,9 @@ def _serve(
     if ours is None or why_not_kept(ours) is not None:
         return None
     # Ids that no token has end nothing there; here they are an error.
-    given = config.eos_token_id
-    ends = given if isinstance(given, list) else [] if given is None else [given]
-    ends = [token for token in ends if 0 <= token < model.config.vocab_size]
-    pad = config.pad_token_id if ends else None
-    if len(ends) > MAX_EOS or (pad is not None and not 0 <= pad < model.config.vocab_size):
+    ends = [token for token in eos if 0 <= token < model.config.vocab_size]
+    fill = [*pad, *eos][0] if ends else None
+    if len(ends) > MAX_EOS or (fill is not None and not 0 <= fill < model.config.vocab_size):
         return None
     tokens = ours.generate(
         ids,
@@ -116,7 +119,7 @@ def _serve(
         min_length=config.min_length or 0,
         min_new_tokens=config.min_new_tokens,
         eos_token_id=ends,
-        pad_token_id=pad,
+        pad_token_id=fill,
         repetition_penalty=float(penalty),
         do_sample=bool(config.do_sample),
         num_return_sequences=config.num_return_sequences or 1,
@@ -126,16 +129,24 @@ def _serve(
     return tokens
 
 
-def _are_prompts(ids: Any, mask: Any) -> bool:
-    """Whether they are a batch of prompts that is padded on the left, if at all."""
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.long or not ids.numel():
-        return False
-    if mask is None:
-        return True
+def _is_batch(ids: Any) -> bool:
+    """Whether they are a batch of prompts."""
+    is_tensor = isinstance(ids, Tensor)
+    return is_tensor and ids.dim() == 2 and ids.dtype == torch.long and ids.numel() > 0
+
+
+def _is_padded_on_the_left(ids: Tensor, mask: Any) -> bool:
+    """Whether a mask leaves out nothing but the beginnings of prompts."""
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         return False
     kept = mask != 0
     return bool(kept[:, -1].all() and (kept[:, 1:] >= kept[:, :-1]).all())
+
+
+def _ids(value: Any) -> list[int]:
+    """An option's ids: one, several or none, in whatever form."""
+    ids: list[int] = [] if value is None else torch.as_tensor(value).flatten().tolist()
+    return ids
 
 
 def _is_plain(config: Any) -> bool:
@@ -157,7 +168,8 @@ def _can_sample(config: Any) -> bool:
     if not config.do_sample:
         return (config.num_return_sequences or 1) == 1
     temperature = 1.0 if config.temperature is None else config.temperature
-    return temperature > 0
+    top_p = 1.0 if config.top_p is None else config.top_p
+    return temperature > 0 and 0 < top_p <= 1
 
 
 def _sampling(config: Any) -> dict[str, Any]:

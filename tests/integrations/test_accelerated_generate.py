@@ -1,5 +1,6 @@
 """``generate`` of accelerated models: the engine where it serves, transformers elsewhere."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,6 +43,8 @@ SERVED: dict[str, dict[str, Any]] = {
     "least": {"max_new_tokens": 20, "eos_token_id": [5, 17, 40, 60], "min_new_tokens": 8},
     "least length": {"max_new_tokens": 20, "eos_token_id": list(range(2, 10)), "min_length": 14},
     "end that no token is": {"max_new_tokens": 5, "eos_token_id": [5, 5000], "pad_token_id": 2},
+    "ends in a tuple": {"max_new_tokens": 20, "eos_token_id": (5, 17, 40, 60)},
+    "ends in a tensor": {"max_new_tokens": 20, "eos_token_id": torch.tensor([5, 17, 40, 60])},
     "no past": {"max_new_tokens": 5, "use_cache": False},
     "configured": {
         "generation_config": transformers.GenerationConfig(max_new_tokens=6, eos_token_id=3)
@@ -54,6 +57,8 @@ UNCHANGED: dict[str, dict[str, Any]] = {
     "n-grams": {"no_repeat_ngram_size": 2, "max_new_tokens": 8},
     "typical": {"do_sample": True, "typical_p": 0.9, "max_new_tokens": 4},
     "penalty of padding": {"repetition_penalty": 1.5, "max_new_tokens": 6},
+    "all of the nucleus": {"do_sample": True, "top_p": 1.5, "max_new_tokens": 4},
+    "first of the nucleus": {"do_sample": True, "top_p": 0.0, "max_new_tokens": 4},
     "static": {"cache_implementation": "static", "max_new_tokens": 4, "disable_compile": True},
     "processor": {
         "logits_processor": transformers.LogitsProcessorList(
@@ -90,8 +95,30 @@ def test_the_rest_is_left_to_transformers(case: str, served: list[bool]) -> None
     assert served == [False]
 
 
+@pytest.mark.parametrize(
+    ("pad", "end", "serves"),
+    [(1, 5, True), (1, None, True), (1, [1, 5], True), (None, 5, True), (None, [5000, 5], False)],
+)
+def test_padding_is_known_by_its_id_where_it_was(
+    pad: Any, end: Any, serves: bool, served: list[bool]
+) -> None:
+    """Prompts without a mask; what fills up rows that end is no token for the next step."""
+    model = plain(n_layer=2)
+    model.generation_config.pad_token_id = pad
+    model.generation_config.eos_token_id = end
+    prompts = left_padded()["input_ids"]
+    wanted = model.generate(prompts, max_new_tokens=4)
+    assert torch.equal(gpt2fast.accelerate(model).generate(prompts, max_new_tokens=4), wanted)
+    penalized = {"max_new_tokens": 4, "repetition_penalty": 1.5}
+    got = model.generate(prompts, **penalized)
+    assert torch.equal(got, gpt2fast.restore(model).generate(prompts, **penalized))
+    # Known padding is penalized there, and not by the engine.
+    known = pad is not None and end != [1, 5]
+    assert served == [serves, serves and not known]
+
+
 def test_a_penalty_without_padding_is_served(served: list[bool]) -> None:
-    model, ids = plain(n_layer=2), tokens(2, 6)
+    model, ids = plain(n_layer=2), tokens(2, 6).clamp_min(2)
     options = {"repetition_penalty": 1.7, "max_new_tokens": 10}
     wanted = model.generate(ids, **options)
     assert torch.equal(gpt2fast.accelerate(model).generate(ids, **options), wanted)
@@ -170,6 +197,30 @@ def test_anything_changed_is_left_to_transformers(served: list[bool]) -> None:
     gpt2fast.accelerate(model, generate=False)
     model.generate(ids, max_new_tokens=2)
     assert served == [False, False, True]
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "epsilon": lambda model: setattr(model.transformer.h[0].ln_1, "eps", 0.5),
+    "scale": lambda model: setattr(model.transformer.h[0].attn, "scaling", 0.9),
+    "direction": lambda model: setattr(model.transformer.h[0].attn, "is_causal", False),
+    "norm": lambda model: setattr(model.transformer.wte, "max_norm", 0.2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_attributes_of_modules_count(change: str, served: list[bool]) -> None:
+    """In the forward pass and in what is generated."""
+    models = [plain(n_layer=1) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    gpt2fast.accelerate(models[1])
+    outputs, ids = [], tokens(1, 9)
+    for model in models:
+        CHANGES[change](model)
+        with torch.no_grad():
+            logits = model(ids).logits
+        outputs.append((logits, model.generate(ids, max_new_tokens=8)))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    assert served == [False]
 
 
 def test_streamers_get_every_token(served: list[bool]) -> None:
