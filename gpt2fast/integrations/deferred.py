@@ -169,8 +169,8 @@ def _getitem(logits: DeferredLogits, index: Any) -> Any:
         isinstance(index, tuple)
         and len(index) > 1
         and index[0] is Ellipsis
-        and index[-1] == slice(None)
         and all(isinstance(part, slice) for part in index[1:])
+        and index[-1] == slice(None)
     ):
         return NotImplemented
     return logits.derived(logits._product.hidden[index], logits.dtype)

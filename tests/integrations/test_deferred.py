@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "radd": lambda x: 1 - x,
     "index": lambda x: x[0, 1],
     "slice": lambda x: x[..., 2:4],
+    "array": lambda x: x[..., np.array([2, 3])],
     "transpose": lambda x: x.view(-1, 5),
     "float": lambda x: x.float() * 2,
     "double": lambda x: x.double(),
