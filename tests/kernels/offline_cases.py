@@ -332,7 +332,7 @@ CASES |= {
 }
 
 
-def _engine_persistent(width: int, rows: int) -> None:
+def _engine_persistent(width: int, rows: int, drafts: int = 0) -> None:
     """Whole greedy steps in one kernel."""
     from gpt2fast.kernels.decode_state import DecodeState
     from gpt2fast.kernels.decode_step import StepBuffers, decode_persistent, persistent_buffers
@@ -342,8 +342,9 @@ def _engine_persistent(width: int, rows: int) -> None:
     state = DecodeState.empty(rows, 1024, 50257, torch.device("meta"))
     cache = empty(12, 2, rows, width // 64, 1024, 64)
     buffers = persistent_buffers(StepBuffers.allocate(model, rows, 4))
-    decode_persistent(model, state, cache, buffers, 8, greedy=True)
+    decode_persistent(model, state, cache, buffers, 8, greedy=True, drafts=drafts, ngram=2)
 
 
 CASES["engine persistent"] = lambda: _engine_persistent(768, 1)
 CASES["engine persistent, 4 rows"] = lambda: _engine_persistent(768, 4)
+CASES["engine persistent, a draft"] = lambda: _engine_persistent(768, 2, drafts=1)

@@ -76,6 +76,7 @@ def _launch(
         "qkv": lambda: graph_tiles.launch_qkv_tiles(weights, state, cache, buffers, 1, pdl),
         "fc": lambda: graph_tiles.launch_fc_tiles(weights, buffers, 1, pdl),
         "proj": lambda: graph_tiles.launch_parts(weights.proj, buffers.inner, buffers, 1, pdl),
+        "head": lambda: graph_tiles.launch_head_tiles(weights, buffers, False, pdl),
         "greedy head": lambda: graph_tiles.launch_head_tiles(weights, buffers, True, pdl),
     }
     for phase in phases.split(", "):
@@ -84,7 +85,7 @@ def _launch(
 
 _SIXTEEN, _THIRTY_TWO = {"dtype": torch.float16}, {"dtype": torch.float32, "bits": 32}
 for _phases, _rows, _width, _options in (
-    ("embed, qkv, merge, fc, proj, greedy head", 1, 768, {}),
+    ("embed, qkv, merge, fc, proj, greedy head, head", 1, 768, {}),
     ("qkv, head", 4, 1600, {"bits": 8, **_SIXTEEN}),
     ("fc", 1, 1600, {"bits": 4}),
     ("qkv, greedy head", 4, 1600, {}),
@@ -92,6 +93,7 @@ for _phases, _rows, _width, _options in (
     ("qkv", 128, 768, {"cache_dtype": torch.float8_e4m3fn}),
     ("proj", 2, 768, _THIRTY_TWO),
     ("normalize, qkv, fc, proj, greedy head", 8, 768, {}),
+    ("head", 8, 768, {}),
     ("fc", 64, 1600, {"bits": 8, **_SIXTEEN}),
     ("qkv", 64, 1600, {"bits": 4}),
     ("qkv, greedy head", 128, 768, {}),
