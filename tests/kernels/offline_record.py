@@ -30,7 +30,8 @@ KNOWN_SPILLS = {
     "output's weights from memory. Smaller tiles of the head spilled as much",
     "engine persistent, a draft": "of two rows the same on sm_80, where a warp's threads share no "
     "register; not looked into further",
-    "engine head: 8 rows, width 768, bfloat16": "on sm_100, four words of where logits are stored, written once and read once a tile",
+    "engine head: 8 rows, width 768, bfloat16": "on sm_100, four words of where logits "
+    "are stored, written once and read once a tile",
 }
 _MEASURED = ("warps", "stages", "registers", "stack", "local", "shared", "instructions")
 
