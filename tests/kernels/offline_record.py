@@ -21,7 +21,7 @@ RECORD, TABLE = RESULTS / "compiled.json", RESULTS / "compiled.md"
 REWRITE = "python -m tests.kernels.offline --write"
 
 # Of the launches, one in so many is compiled although it is recorded; see `sample`.
-SAMPLE = 25
+SAMPLE = 75
 # Spills that stay, by case.
 KNOWN_SPILLS = {
     "engine persistent, 4 rows": "a row's best logit, its place and sum are kept from output to "
