@@ -8,6 +8,7 @@ from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from gpt2fast import kernels
 from gpt2fast.config import TANH_GELU, GPT2Config
@@ -25,7 +26,12 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def is_plain(module: object, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether calling ``module`` would run exactly ``kind.forward``, so that it may be fused."""
+    """Whether calling ``module`` would run exactly ``kind.forward``, so that it may be fused.
+
+    Hooks for all modules count too, except while compiling.
+    """
+    if not torch.compiler.is_compiling() and _has_any_global_hook():
+        return False
     return type(module) is kind and not (
         "forward" in module.__dict__  # replaced on the instance, as accelerate does
         or module._forward_hooks

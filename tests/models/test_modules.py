@@ -106,6 +106,23 @@ class TestHooks:
                 outputs.append(model(ids)[0])
         assert_forward(*outputs)
 
+    def test_a_hook_for_all_modules_is_seen_by_each(self) -> None:
+        ours, reference = pair("GPT2Model")
+        ids, outputs = tokens(2, 5), []
+        for model in (ours, reference):
+            inner = {model.h[0].mlp.c_fc, model.h[1].ln_2}
+
+            def double(module: nn.Module, _: Any, output: Any, inner: Any = inner) -> Any:
+                return output * 2 if module in inner else output
+
+            handle = nn.modules.module.register_module_forward_hook(double)
+            try:
+                with torch.no_grad():
+                    outputs.append(model(ids)[0])
+            finally:
+                handle.remove()
+        assert_forward(*outputs)
+
     @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # ids have no gradient
     @pytest.mark.parametrize("name", [n for n in SUBMODULES if n not in ("h.1", "h.1.attn")])
     def test_backward_hooks(self, name: str) -> None:
