@@ -48,10 +48,16 @@ def with_gradients(inputs: Inputs) -> Inputs:
 
 
 def distance(value: Tensor, exact: Tensor) -> float:
-    """``|value - exact| / |exact|``, infinite where the value is not finite or of another shape."""
+    """``|value - exact| / |exact|``, infinite where the value is not finite or of another shape.
+
+    Raises WrongAnswer where ``exact`` is not finite: there is nothing to hold a value against, and
+    NaN would be larger than no bound.
+    """
     if value.shape != exact.shape:
         return float("inf")
     value, exact = value.detach().double(), exact.detach().to(value.device).double()
+    if not bool(torch.isfinite(exact).all()):
+        raise WrongAnswer("the reference is not finite")
     if not bool(torch.isfinite(value).all()):
         return float("inf")
     return float((value - exact).norm() / exact.norm().clamp_min(1e-30))

@@ -43,7 +43,7 @@ LOSS_APART = 0.02
 
 
 class StepGate:
-    """What is right for a case."""
+    """What is right for a case; `WrongAnswer` where the oracle's own answers are no measure."""
 
     def __init__(self, case: StepCase, source: Any, inputs: Any, dtype: torch.dtype) -> None:
         self._case, self._inputs, self._floor = case, inputs, _floor(dtype)
@@ -53,10 +53,13 @@ class StepGate:
         exact = PlainGPT2(copy.deepcopy(source).float()).eval()
         self._exact = _answers(case, exact, inputs, torch.float32)
         del exact
-        self._allowed = dict.fromkeys(self._exact, 0.0)
+        plain = self._exact
         if dtype != torch.float32:
             plain = _answers(case, PlainGPT2(source).eval(), inputs, dtype)
-            self._allowed = {key: distance(plain[key], self._exact[key]) for key in plain}
+        for key, value in (*self._exact.items(), *plain.items()):
+            if not bool(torch.isfinite(value).all()):  # a bound that lets everything through
+                raise WrongAnswer(f"the oracle's {key} is not finite")
+        self._allowed = {key: distance(plain[key], self._exact[key]) for key in plain}
 
     def check(self, name: str, answers: Answers) -> dict[str, Any]:
         """What is recorded of the errors; `WrongAnswer` where one is too large."""

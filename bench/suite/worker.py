@@ -20,7 +20,7 @@ import torch
 
 from bench.suite import dry_run
 from bench.suite.cases import Case
-from bench.suite.gate import gradients, with_gradients
+from bench.suite.gate import WrongAnswer, gradients, with_gradients
 from bench.suite.limits import measure_limits
 from bench.suite.measure import Clock
 from bench.suite.runner import SILENCE, NotCaptured, measure_case
@@ -127,6 +127,9 @@ class _Worker:
             except torch.OutOfMemoryError as error:
                 record = {"case": case.name, "op": case.op, "status": "not measured"}
                 record["reason"] = str(error)[:300]
+            except WrongAnswer as error:  # of the oracle: those of contenders are in the record
+                record = {"case": case.name, "op": case.op, "status": "failed"}
+                record["reason"] = str(error)
             record["seconds"] = time.time() - begin
             self.tell(case=record)
             torch.cuda.empty_cache()

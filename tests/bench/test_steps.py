@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from bench.suite import step_cases as names
 from bench.suite import step_report, step_runner, steps
 from bench.suite.gate import WrongAnswer, distance
 from bench.suite.step_cases import StepCase, cpu_cases, step_cases
+from bench.suite.worker import _Worker
 from gpt2fast.benchmark.processes import Failed, Process
 
 CPU = torch.device("cpu")
@@ -120,6 +123,33 @@ def test_distance() -> None:
     assert distance(ones * 1.5, ones) == 0.5
     assert distance(ones[:3], ones) == float("inf")
     assert distance(ones / 0, ones) == float("inf")
+    with pytest.raises(WrongAnswer, match="reference is not finite"):
+        distance(ones, ones / 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_oracle_that_is_not_finite_fails_the_case(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than let everybody pass: no error is larger than NaN, or than infinity."""
+    case, right = tiny(names.TRAINING), step_runner._answers
+
+    def wrong(*args: Any) -> steps.Answers:
+        answers = right(*args)
+        if args[-1] == dtype:
+            answers["transformer.ln_f.bias"][3] = float("nan")
+        return answers
+
+    monkeypatch.setattr(step_runner, "_answers", wrong)
+    source, inputs = steps.source_model(case, dtype, CPU), steps.inputs_of(case, CPU)
+    told: list[dict[str, Any]] = []
+    job = {"only": "", "done": [], "deadline": float("inf")}
+    worker: Any = SimpleNamespace(_job=job, _dry_run=True, tell=lambda **m: told.append(m))
+    measure = partial(step_runner.StepGate, source=source, inputs=inputs, dtype=dtype)
+    _Worker._measure(worker, [case], measure)
+    record = told[-1]["case"]
+    assert record["status"] == "failed"
+    assert record["reason"] == "the oracle's transformer.ln_f.bias is not finite"
 
 
 class _Clock:
