@@ -25,6 +25,7 @@ _EXPORTS = {
     "KVCache": "gpt2fast.cache",
     "Engine": "gpt2fast.engine",
     "release": "gpt2fast.engine",
+    "compile_decoding": "gpt2fast.engine",
     "CheckpointError": "gpt2fast.checkpoint.weights",
     "GPT2Tokenizer": "gpt2fast.tokenizer",
     "backend": "gpt2fast.kernels",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from gpt2fast.checkpoint.weights import CheckpointError as CheckpointError
     from gpt2fast.config import GPT2Config as GPT2Config
     from gpt2fast.engine import Engine as Engine
+    from gpt2fast.engine import compile_decoding as compile_decoding
     from gpt2fast.engine import release as release
     from gpt2fast.integrations.accelerate import accelerate as accelerate
     from gpt2fast.integrations.accelerate import restore as restore

@@ -138,6 +138,12 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("int8", "fp16", "int4"),
         help="round weights while loading: int8 is fastest on a CPU, fp16 loses next to nothing",
     )
+    machine.add_argument(
+        "--compile",
+        action="store_true",
+        help="with int8 weights on a CPU: compile the decoding steps, which nearly halves their "
+        "time; takes half a minute, once for a model's shape, and a C++ compiler",
+    )
     machine.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
@@ -218,6 +224,7 @@ def _generate(args: argparse.Namespace) -> int:
     import torch
 
     from gpt2fast.checkpoint.vocabulary import tokenizer_of
+    from gpt2fast.engine import compile_decoding
     from gpt2fast.generation.options import GenerationOptions
     from gpt2fast.model import GPT2LMHeadModel
 
@@ -247,6 +254,8 @@ def _generate(args: argparse.Namespace) -> int:
     model = GPT2LMHeadModel.from_pretrained(
         args.model, dtype=args.dtype, device=device, quantize=args.quantize
     )
+    if args.compile:
+        compile_decoding(model)
     ids = tokenizer.encode(prompt)
     if len(ids) > (limit := model.config.n_positions):
         if not args.slide:

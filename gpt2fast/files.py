@@ -25,3 +25,9 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder(name: str) -> Path:
+    """Where files are kept that can be made again; it may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base) / "gpt2fast" / name

@@ -20,6 +20,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import gpt2fast.kernels  # noqa: F401  (registers the ops)
+    from gpt2fast.engine.compiled import compiler
     from gpt2fast.kernels.backend import selected_backend
     from gpt2fast.kernels.registry import OPS
 
@@ -40,6 +41,7 @@ def collect() -> dict[str, Any]:
         "why": why,
         "engine": _engine("cuda" if devices else "cpu"),
         "int8": _int8(),
+        "compiler": compiler(),
         "checkpoints": {"bundled": _bundled(), **_cached()},
     }
 
@@ -68,6 +70,7 @@ def report(facts: dict[str, Any]) -> str:
         f"why: {facts['why']}",
         f"decode engine of generate: {facts['engine']}",
         f"int8 on the CPU: {facts['int8'] or 'no op of this PyTorch: dequantised at every call'}",
+        f"C++ compiler for compile_decoding: {facts['compiler'] or 'none: steps are not compiled'}",
         "checkpoints:",
         *(f"  {name}: {path or 'not there'}" for name, path in facts["checkpoints"].items()),
     ]

@@ -6,7 +6,8 @@ and carried out by `batch` on a runner (`runner` says what that is): `triton_run
 are chosen, and `speculation` proposes drafts.
 """
 
+from gpt2fast.engine.compiled import compile_decoding
 from gpt2fast.engine.engine import Engine
 from gpt2fast.engine.kept import release
 
-__all__ = ["Engine", "release"]
+__all__ = ["Engine", "compile_decoding", "release"]

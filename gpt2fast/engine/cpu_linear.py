@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpt2fast.kernels.torch_ops import multiplies_fast
 from gpt2fast.layers import Conv1D
-from gpt2fast.quantized_layers import QuantizedConv1D, QuantizedEmbedding, QuantizedHead
+from gpt2fast.quantized_layers import QuantizedConv1D, QuantizedEmbedding, QuantizedHead, lay_out
 
 if TYPE_CHECKING:
     from gpt2fast.generation.decoding import LanguageModel
@@ -165,6 +165,8 @@ class Linears:
         fast = multiplies_fast(weights, device) and not (low_bit and device.type == "cpu")
         self.dtype = weights if fast else torch.float32
         self._buffer = None if fast else _Buffer(device)
+        if low_bit and device.type == "cpu":
+            lay_out(model)
 
     def layer(self, module: Conv1D | QuantizedConv1D) -> Linear:
         if isinstance(module, QuantizedConv1D):

@@ -360,9 +360,10 @@ def build_runner(
             f"cache_dtype={cache_dtype} is for the engine on our kernels, not on PyTorch's "
             f"operators, which serve this model: {reason}"
         )
+    from gpt2fast.engine.compiled import step_of
     from gpt2fast.engine.torch_runner import TorchRunner
 
-    return TorchRunner(model, slots, capacity)
+    return TorchRunner(model, slots, capacity, step_of(model))
 
 
 def _check_range(name: str, value: object, least: int, most: int) -> None:

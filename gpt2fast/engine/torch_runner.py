@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2fast.engine.compiled import CompiledStep
 from gpt2fast.engine.cpu_attention import Piece, spans_of
 from gpt2fast.engine.cpu_linear import Linear, Linears
 from gpt2fast.engine.sampling import select_and_commit
@@ -92,13 +93,20 @@ class TorchRunner:
             kept, not the model.
         slots: sequences at once.
         capacity: positions of each, at most the model's.
+        step: what evaluates a token where one sequence runs; None for what evaluates several.
     """
 
     shares_prefix = False
     proposes = False
     look_every = 1
 
-    def __init__(self, model: "LanguageModel", slots: int, capacity: int) -> None:
+    def __init__(
+        self,
+        model: "LanguageModel",
+        slots: int,
+        capacity: int,
+        step: CompiledStep | None = None,
+    ) -> None:
         body, config = model.transformer, model.config
         linears = Linears(model)
         self.slots, self.capacity = slots, capacity
@@ -117,6 +125,7 @@ class TorchRunner:
             device=model.device,
         )
         self._rows = _Rows(self._cache, config.n_embd, config.inner_size)
+        self._step = step
 
     def working(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -161,8 +170,13 @@ class TorchRunner:
                 if not running:
                     return
                 lengths = state.lengths.tolist()
-                hidden = self._evaluate([(s, lengths[s], lengths[s] + 1 + drafts) for s in running])
-                select_and_commit(state, running, drafts, self._logits(hidden))
+                step, first = self._step, running[0]
+                if step and len(running) == 1 and not drafts and step.serves(lengths[first]):
+                    logits = self._one(step, first, lengths[first])
+                else:
+                    pieces = [(s, lengths[s], lengths[s] + 1 + drafts) for s in running]
+                    logits = self._logits(self._evaluate(pieces))
+                select_and_commit(state, running, drafts, logits)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         with torch.inference_mode():
@@ -175,6 +189,7 @@ class TorchRunner:
 
     def close(self) -> None:
         self._layers.clear()
+        self._step = None
         self._cache = self._cache.new_empty(0)
         self._rows = _Rows(self._cache, 0, 0)
 
@@ -206,6 +221,12 @@ class TorchRunner:
             _gelu(expanded, approximate="tanh", out=expanded)
             layer.proj.accumulate(expanded, hidden)
         return hidden
+
+    def _one(self, step: CompiledStep, slot: int, position: int) -> Tensor:
+        """Cache the slot's token at ``position``: its logits ``[1, V]``."""
+        token = self.state.tokens[slot, position : position + 1]
+        hidden = (self._embed(token) + self._wpe[position]).float()
+        return step(hidden[0], self._cache[:, slot], position)[None]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._head(self._ln_f(hidden))
