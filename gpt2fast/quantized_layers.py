@@ -1,11 +1,13 @@
 """The modules that hold low-bit weights, output-major as `gpt2fast.kernels.packing` has them.
 
-On a CPU a matrix is laid out for the op that multiplies it at its first use. One of a block is
-then kept in that layout alone, and what the state dict needs is unpacked from it; the head's rows
-stay beside their layout, and are laid out again once they have changed.
+On a CPU a matrix is laid out for the op that multiplies it: at its first use, or with all others of
+a model by `lay_out`, in less time. One of a block is then kept in that layout alone, and what the
+state dict needs is unpacked from it; the head's rows stay beside their layout, and are laid out
+again once they have changed.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -208,6 +210,25 @@ class QuantizedConv1D(_Linear):
         if packed is not None:
             self._buffers["weight"] = None
         return packed
+
+
+def lay_out(model: nn.Module) -> None:
+    """Lay out the matrices of a model on a CPU, in as many threads as PyTorch uses.
+
+    Those that are laid out already stay as they are.
+    """
+    waiting = [
+        module
+        for module in model.modules()
+        if isinstance(module, _Linear) and module.packed is None and module.weight.is_cpu
+    ]
+    if not waiting:
+        return
+    waiting.pop(0)._pack()  # which times the ops, where that has not been done: undisturbed
+    # From the end, for the head is the largest, and would keep one thread busy after the others.
+    with ThreadPoolExecutor(min(torch.get_num_threads(), len(waiting) or 1)) as pool:
+        for _ in pool.map(lambda module: module._pack(), reversed(waiting)):
+            pass  # but raise what was raised
 
 
 def _same(first: tuple[tuple[Tensor, int], ...], second: tuple[tuple[Tensor, int], ...]) -> bool:

@@ -18,6 +18,8 @@ import functools
 import time
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -55,10 +57,9 @@ class _Int8(Packed):
     """8-bit activations and weights; a subclass multiplies the integers."""
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, levels: int) -> None:
-        self._bias, self._levels = bias, levels
-        self._pack(weight, scale)
-        # sum_k W^T, a hundred times as fast as PyTorch sums integers
-        self._sums = self._multiply(_full((1, weight.shape[1]), 1.0))
+        self._scale, self._bias, self._levels = scale, bias, levels
+        self._inputs = weight.shape[1]
+        self._pack(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         # The range holds 0, and is never empty.
@@ -66,20 +67,24 @@ class _Int8(Packed):
         step = (x.amax(1, keepdim=True).clamp_min_(0) - low).mul_(1 / self._levels)
         zero = (low / step).round_()
         product = self._multiply((x / step).sub_(zero))
-        offset = zero.mul_(step)
-        if self._bias is None:
-            rest = offset * self._sums
-        else:
-            rest = torch.addcmul(self._bias, offset, self._sums)
-        return rest.addcmul_(product, step)
+        return self._combined(product, step, zero.mul_(step))
+
+    @functools.cached_property
+    def _sums(self) -> Tensor:
+        """What ones come to, ``[1, N]``: a hundred times as fast as PyTorch sums integers."""
+        return self._multiply(_full((1, self._inputs), 1.0))
 
     @abstractmethod
-    def _pack(self, weight: Tensor, scale: Tensor) -> None:
-        """Lay the weight out."""
+    def _pack(self, weight: Tensor) -> None:
+        """Lay the weight out, in the calling thread alone: it may be one of several that do."""
 
     @abstractmethod
     def _multiply(self, levels: Tensor) -> Tensor:
         """Values in 0 .. levels, and half of one more, rounded, times the weight."""
+
+    @abstractmethod
+    def _combined(self, product: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+        """``x W^T + b``, of `_multiply`'s product and what each row ``[M, 1]`` was rounded by."""
 
 
 class Fbgemm(_Int8):
@@ -87,13 +92,15 @@ class Fbgemm(_Int8):
 
     name = "quantized.linear"
 
-    def _pack(self, weight: Tensor, scale: Tensor) -> None:
-        zeros = torch.zeros(len(weight), dtype=torch.long, device="cpu")
-        with warnings.catch_warnings():
-            # Tensors of these types are announced for removal; `int8_ops` copes with that.
-            warnings.simplefilter("ignore")
-            wrapped = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
-            self._packed: Any = torch.ops.quantized.linear_prepack(wrapped, None)
+    def _pack(self, weight: Tensor) -> None:
+        # A view: copies of all matrices would leave as many holes in the process's memory. With one
+        # scale, because `linear_prepack` takes microseconds to read each of several.
+        integers = (
+            _empty_integers()
+            .clone()
+            .set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
+        )
+        self._packed: Any = torch.ops.quantized.linear_prepack(integers, None)
         self._dynamic = torch.ops.quantized.linear_dynamic.default
         self._static = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
@@ -105,11 +112,19 @@ class Fbgemm(_Int8):
             product: Tensor = self._dynamic(x, self._packed, self._levels == _REDUCED)
         except RuntimeError:  # it refuses what is not a number, which is to come out as that
             return super().__call__(x)
-        return product if self._bias is None else product.add_(self._bias)
+        return self._scaled(product)
 
     def _multiply(self, levels: Tensor) -> Tensor:
         product: Tensor = self._static(levels, 1.0, 0, self._packed)
         return product
+
+    def _combined(self, product: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+        return self._scaled(product.mul_(step).addcmul_(offset, self._sums))
+
+    def _scaled(self, product: Tensor) -> Tensor:
+        if self._bias is None:
+            return product.mul_(self._scale)
+        return torch.addcmul(self._bias, product, self._scale)
 
     def weight(self) -> Tensor:
         unpacked: Tensor = torch.ops.quantized.linear_unpack(self._packed)[0].int_repr()
@@ -121,9 +136,8 @@ class Onednn(_Int8):
 
     name = "onednn.qlinear"
 
-    def _pack(self, weight: Tensor, scale: Tensor) -> None:
+    def _pack(self, weight: Tensor) -> None:
         self._packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
-        self._scale = scale
         self._zeros = torch.zeros(len(weight), dtype=torch.int32, device="cpu")
 
     def _multiply(self, levels: Tensor) -> Tensor:
@@ -143,6 +157,13 @@ class Onednn(_Int8):
             "",
         )
         return product
+
+    def _combined(self, product: Tensor, step: Tensor, offset: Tensor) -> Tensor:
+        if self._bias is None:
+            rest = offset * self._sums
+        else:
+            rest = torch.addcmul(self._bias, offset, self._sums)
+        return rest.addcmul_(product, step)
 
     def weight(self) -> Tensor:
         return self._packed.to_dense().t().contiguous()
@@ -235,12 +256,13 @@ def int8_ops() -> dict[str, dict[str, float]]:
 
     Returns:
         for each op that is there and right: "levels" of its activations, and the milliseconds that
-        a 768 by 768 matrix takes with "one row" and "128 rows".
+        a 768 by 768 matrix takes one thread with "one row" and "128 rows".
     """
     table = {}
-    weight, scale = _pattern(768, 768).mul_(127).to(torch.int8), _full((768,), 1 / 127)
-    many = _pattern(128, 768)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), _one_thread():
+        weight = torch.arange(768 * 768, dtype=torch.int32, device="cpu").mul_(73).to(torch.int8)
+        weight, scale = weight.view(768, 768), _full((768,), 1 / 127)
+        many = _pattern(128, 768)
         for kind in (Fbgemm, Onednn):
             try:
                 levels = _FULL if _is_exact(kind, _FULL) else _REDUCED
@@ -263,11 +285,22 @@ def _is_exact(kind: type[Fbgemm] | type[Onednn], levels: int) -> bool:
     return torch.allclose(product, top @ weight.float().t(), rtol=1e-5)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Where other programs run, threads wait for each other, and that is all one would measure."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _milliseconds(op: Packed, x: Tensor) -> float:
     """The best of a few calls, after a first one."""
     op(x)
     best = float("inf")
-    for _ in range(24 if len(x) == 1 else 6):  # other programs disturb short calls more
+    for _ in range(24 if len(x) == 1 else 4):  # other programs disturb short calls more
         start = time.perf_counter()
         op(x)
         best = min(best, time.perf_counter() - start)
@@ -278,6 +311,17 @@ def _pattern(rows: int, columns: int) -> Tensor:
     """Values in -1 .. 1, without touching the state of random numbers."""
     numbers = torch.arange(1, rows * columns + 1, dtype=torch.float32, device="cpu")
     return numbers.mul_(0.7548777).sin_().view(rows, columns)
+
+
+@functools.cache
+def _empty_integers() -> Tensor:
+    """An empty tensor of PyTorch's quantised integers, with a scale of 1."""
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        # Tensors of these types are announced for removal; `int8_ops` copes with that.
+        warnings.simplefilter("ignore")
+        return torch._empty_affine_quantized(
+            (0,), scale=1.0, zero_point=0, dtype=torch.qint8, device="cpu"
+        )
 
 
 def _full(shape: tuple[int, ...], value: float) -> Tensor:
