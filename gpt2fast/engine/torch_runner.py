@@ -118,8 +118,8 @@ class TorchRunner:
         ]
         self._ln_f = _Norm.of(body.ln_f, linears.dtype)
         self._head = linears.head(model.lm_head)
-        # Costs nothing before it is written, which zeros would be: the system maps memory when it is
-        # touched. Nothing is read before it was written.
+        # Costs nothing before it is written, which zeros would be: the system maps memory when it
+        # is touched. Nothing is read before it was written.
         self._cache = torch.empty(
             (2 * len(self._layers), slots, config.n_head, capacity, config.head_size),
             dtype=linears.dtype,
