@@ -1,10 +1,14 @@
-"""Triton's interpreter, made to prepare itself once a launch and to round to float8.
+"""Triton's interpreter, made to do things once, and to round to float8.
 
 At every call of a device function the interpreter replaces the members of `triton.language` again,
 which takes it longer than the function itself: a millisecond, for what the launch has done already.
-Its rounding to float8 loses what carries into the exponent: 1.99 becomes 1.
+It also describes every value's type and shape anew, and computes integers a second time in 64 bits
+for a check of overflow that it leaves out where it is not debugging: half of its time. Its rounding
+to float8 loses what carries into the exponent: 1.99 becomes 1.
 """
 
+import dataclasses
+import math
 from typing import Any
 
 
@@ -35,6 +39,47 @@ def prepare_once_a_launch() -> None:
     interpreter._patch_lang = prepare_new
     interpreter.GridExecutor.__call__ = launch_afresh  # type: ignore[method-assign]
     interpreter._prepared = True  # type: ignore[attr-defined]
+    _describe_once()
+
+
+def _describe_once() -> None:
+    """Keep what follows from a type's name and shape, and leave out what nobody looks at."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = dataclasses.replace(
+            options, sanitize_overflow=False
+        )
+    describe, numpy_type = core.block_type.__init__, interpreter._get_np_dtype
+    blocks: dict[Any, dict[str, Any]] = {}
+    numpy_types: dict[str, Any] = {}
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *map(core._unwrap_if_constexpr, shape))
+        if key not in blocks:
+            describe(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def kept_numpy_type(kind: Any) -> Any:
+        if kind.name not in numpy_types:
+            numpy_types[kind.name] = numpy_type(kind)
+        return numpy_types[kind.name]
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in shapes:
+            sizes = [core.constexpr(size) for size in shape]
+            shapes[shape] = core.tuple(sizes), core.constexpr(math.prod(shape))
+        self.shape, self.numel = shapes[shape]
+
+    core.block_type.__init__ = block_type
+    core.tensor.__init__ = tensor
+    interpreter._get_np_dtype = kept_numpy_type
 
 
 def round_to_float8() -> None:
