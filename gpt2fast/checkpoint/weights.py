@@ -14,6 +14,7 @@ the model. Formats are told apart by their first bytes:
 
 import gzip
 import json
+import mmap
 import pickle
 import re
 import reprlib
@@ -48,6 +49,8 @@ _MAX_JSON_BYTES = 64 << 20
 # Weights hardly compress; an archive that unpacks to much more than its size is a bomb.
 _MAX_ARCHIVE_RATIO = 20
 _OUR_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_INTEGERS = (torch.int8, torch.uint8)
+_PARTS = 24  # about so many mappings of low-bit tensors: each holds a file descriptor
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -104,7 +107,42 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with _as_checkpoint_error(path), safe_open(path, framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        integers = {name: t for name, t in tensors.items() if t.dtype in _INTEGERS and t.numel()}
+        return {**tensors, **_mapped_in_parts(path, integers)}
+
+
+def _mapped_in_parts(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Low-bit tensors of a safetensors file once more, in mappings of a few each.
+
+    What was read of a mapping stays in memory until all of it is freed. safetensors makes one for
+    the file, but on a CPU a low-bit matrix is freed once it is laid out for its op.
+    """
+    found = {}
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+        waiting = sorted((*header[name]["data_offsets"], name) for name in tensors)
+        room = path.stat().st_size // _PARTS
+        while waiting:
+            begin, end, _ = waiting[0]
+            end = max(end, begin + room)
+            part = [place for place in waiting if place[1] <= end]
+            waiting = waiting[len(part) :]
+            skipped = (start + begin) % mmap.ALLOCATIONGRANULARITY
+            mapped = mmap.mmap(
+                file.fileno(),
+                part[-1][1] - begin + skipped,
+                access=mmap.ACCESS_COPY,
+                offset=start + begin - skipped,
+            )
+            for offset, _, name in part:
+                like = tensors[name]
+                flat = torch.frombuffer(
+                    mapped, dtype=like.dtype, count=like.numel(), offset=offset - begin + skipped
+                )
+                found[name] = flat.view(like.shape)
+    return found
 
 
 def _read_pickle(path: Path, zipped: bool) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpt2fast import GPT2Config, GPT2LMHeadModel, GPT2Model, quantize
 from gpt2fast.checkpoint import CheckpointError
+from gpt2fast.checkpoint.weights import read_tensors
 from gpt2fast.cli import main
 from gpt2fast.engine.weights import why_not
 from gpt2fast.quantization import stored_tensors
@@ -107,6 +108,28 @@ def test_the_tensors_of_a_file_are_a_state_dict(saved: Path, assign: bool) -> No
     model.load_state_dict({**tensors, "lm_head.weight": head.clone()})
     with pytest.raises(CheckpointError, match="differ in the checkpoint"):
         model.load_state_dict({**tensors, "lm_head.weight": torch.zeros_like(head)})
+
+
+def test_integers_are_mapped_wherever_they_lie(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = [1, 3, 4095, 4097, 70_001, 5, 12_345]  # of a file of some thirty pages
+    tensors = {
+        f"t{i}": torch.randint(-128, 128, (n,), dtype=torch.int8) for i, n in enumerate(sizes)
+    }
+    tensors |= {
+        "bytes": torch.randint(0, 256, (31, 77), dtype=torch.uint8),
+        "empty": torch.empty(0, 3, dtype=torch.int8),
+        "float": torch.randn(3, 5),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = read_tensors(tmp_path / "model.safetensors", lambda name: None)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+        found[name].fill_(7)  # of private pages
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(tensor, tensors[name])
 
 
 MEMORY = """

@@ -22,7 +22,7 @@ from gpt2fast.engine.weights import fingerprint
 from gpt2fast.kernels import packing, quantized
 from gpt2fast.layers import Conv1D
 from gpt2fast.quantization import is_quantized, stored_tensors
-from gpt2fast.quantized_layers import QuantizedConv1D, QuantizedEmbedding, QuantizedHead
+from gpt2fast.quantized_layers import QuantizedConv1D, QuantizedEmbedding, QuantizedHead, lay_out
 from tests.tolerances import assert_close, relative_error
 
 IDS = torch.tensor([[5, 9, 2, 77, 31, 8, 110], [1, 0, 198, 4, 4, 4, 63]])
@@ -125,6 +125,31 @@ def test_modules_and_their_memory(floats: GPT2LMHeadModel, mode: str, tied: bool
     assert mode != "int4" or forms < 0.8 * before
     assert model.config.quantization_config == {"quant_method": "gpt2fast", "mode": mode}
     assert model.transformer.config is model.config
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_matrices_that_are_laid_out_together(
+    floats: GPT2LMHeadModel, mode: str, threads: int
+) -> None:
+    model = quantize(floats, mode)
+    twin = copy.deepcopy(model)
+    expected = _logits(twin)  # one at a time
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        lay_out(model)
+    finally:
+        torch.set_num_threads(before)
+    pairs = list(zip(model.modules(), twin.modules(), strict=True))
+    for one, other in pairs:
+        if isinstance(one, QuantizedConv1D | QuantizedHead):
+            assert type(one.packed) is type(other.packed)
+        if isinstance(one, QuantizedConv1D):
+            assert (one._buffers["weight"] is None) == (one.packed is not None)
+    head = model.lm_head.packed
+    lay_out(model)
+    assert torch.equal(_logits(model), expected)
+    assert model.lm_head.packed is head  # the rows are those that were laid out
 
 
 def test_state_dicts(floats: GPT2LMHeadModel, mode: str) -> None:

@@ -143,11 +143,15 @@ def test_the_defaults_of_a_process_do_not_matter() -> None:
     expected = quantized.int8_ops().keys(), quantized.fp16_packs()
     for function in cached:
         function.cache_clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
             found = quantized.int8_ops().keys(), quantized.fp16_packs()
+        assert torch.get_num_threads() == 3
     finally:
+        torch.set_num_threads(threads)
         torch.set_default_dtype(torch.float32)
         for function in cached:
             function.cache_clear()
