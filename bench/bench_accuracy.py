@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.suite.environment import environment
-from gpt2fast import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, quantize
+from gpt2fast import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, compile_decoding, quantize
+from gpt2fast.engine.compiled import LEAST_PAST, step_of
 from gpt2fast.kernels import packing, quantized
 from gpt2fast.layers import Conv1D
 from gpt2fast.quantized_layers import QuantizedConv1D, QuantizedHead
@@ -37,7 +39,7 @@ TOKENS = int(os.environ.get("GPT2FAST_BENCH_TOKENS") or 32_768)
 RESULTS = Path(__file__).parent / "results" / "cpu" / "accuracy.json"
 
 Rounding = Callable[[Tensor], Tensor]
-Change = Callable[[GPT2LMHeadModel], GPT2LMHeadModel]
+Change = Callable[[GPT2LMHeadModel], Any]
 
 
 def _int8(weight: Tensor) -> Tensor:
@@ -119,6 +121,29 @@ def _fp8_cache(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     return model
 
 
+class _Steps:
+    """A quantised model's logits by compiled steps, token by token."""
+
+    def __init__(self, model: GPT2LMHeadModel) -> None:
+        self._model, self.config = compile_decoding(quantize(model, "int8")), model.config
+        self._step = step_of(model)
+        if self._step is None:
+            pytest.skip("decoding is not compiled here")
+
+    def __call__(self, ids: Tensor, use_cache: bool = False, logits_to_keep: int = 0) -> Any:
+        model, step, config = self._model, self._step, self.config
+        assert step is not None
+        embedded = model.transformer.wte(ids[0]) + model.transformer.wpe.weight[: ids.shape[1]]
+        out = model(ids[:, :LEAST_PAST])
+        past = torch.cat([layer[:, 0] for layer in out.past_key_values])
+        shape = (len(past), config.n_head, ids.shape[1], config.head_size)
+        cache = torch.empty(shape)
+        cache[:, :, :LEAST_PAST] = past
+        rows = [step(embedded[i], cache, i) for i in range(LEAST_PAST, len(embedded))]
+        logits = torch.cat((out.logits[0], torch.stack(rows)))[-logits_to_keep:]
+        return SimpleNamespace(logits=logits[None])
+
+
 def _bfloat16(weight: Tensor) -> Tensor:
     return weight.bfloat16().float()
 
@@ -126,6 +151,7 @@ def _bfloat16(weight: Tensor) -> Tensor:
 FORMS: dict[str, Change] = {
     "fp16": lambda model: quantize(model, "fp16"),
     "int8": lambda model: quantize(model, "int8"),
+    "int8, compiled steps": _Steps,
     "int4": lambda model: quantize(model, "int4"),
     "GPU: bfloat16 weights": _weights(_bfloat16, _bfloat16),
     "GPU: int8 weights": _weights(_int8, _int8),
@@ -147,7 +173,7 @@ def record() -> Any:
         RESULTS.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _losses(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
+def _losses(model: Any, ids: Tensor) -> Tensor:
     """Of every token but the first, in nats."""
     context = model.config.n_positions
     losses = []

@@ -1,6 +1,7 @@
 """Ours in every mode, and the bare loop that bounds it."""
 
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,14 @@ class Ours:
     Args:
         mode: "" for float32; "bfloat16"; or what ``quantize=`` takes.
         engine: False keeps `generate` on its general path, by an idle processor of scores.
+        compiled: decode by compiled steps, which are compiled before any clock runs.
     """
 
-    def __init__(self, name: str, threads: int, mode: str = "", engine: bool = True) -> None:
+    def __init__(
+        self, name: str, threads: int, mode: str = "", engine: bool = True, compiled: bool = False
+    ) -> None:
         self._name, self._threads, self._mode = name, threads, mode
+        self._compiled = compiled
         self._options: dict[str, Any] = {"do_sample": False, "eos_token_id": []}
         if not engine:
             self._options["logits_processor"] = [lambda ids, scores: scores]
@@ -27,6 +32,8 @@ class Ours:
         models.checkpoint(self._name)
         if self._quantized:
             models.quantized(self._name, self._mode)
+        if self._compiled:
+            self.load()
 
     @property
     def _quantized(self) -> bool:
@@ -46,6 +53,12 @@ class Ours:
         )
         dtype = "bfloat16" if self._mode == "bfloat16" else None
         self._model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype)
+        if self._compiled:
+            from gpt2fast import compile_decoding
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # where it does without compiling
+                compile_decoding(self._model)
 
     def logits(self, ids: list[int]) -> Logits:
         with self._torch.inference_mode():

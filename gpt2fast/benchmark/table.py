@@ -43,6 +43,7 @@ _MAKERS: dict[str, Callable[[str, int], Contender]] = {
     "gpt2fast bfloat16": partial(Ours, mode="bfloat16"),
     "gpt2fast fp16": partial(Ours, mode="fp16"),
     "gpt2fast int8": partial(Ours, mode="int8"),
+    "gpt2fast int8 compiled": partial(Ours, mode="int8", compiled=True),
 }
 
 # What computes in float32 throughout must generate the tokens of transformers. llama.cpp reads its
@@ -82,6 +83,7 @@ SMALLER = (
     AGAIN,
     BARE,
     "gpt2fast int8",
+    "gpt2fast int8 compiled",
     "CTranslate2 int8",
     "ONNX Runtime int8",
     "llama.cpp Q8_0",
@@ -103,6 +105,7 @@ QUICK = (
     "ONNX Runtime int8",
     "llama.cpp Q8_0",
     "gpt2fast fp16",
+    "gpt2fast int8 compiled",
     "transformers tuned",
     "transformers eager",
     "pytorch-pretrained-bert",
@@ -152,6 +155,7 @@ LOADING = (
     OURS,
     "gpt2fast fp16",
     "gpt2fast int8",
+    "gpt2fast int8 compiled",
 )
 
 

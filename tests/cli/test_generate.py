@@ -364,3 +364,14 @@ def test_the_bundled_model_writes_words(run: Run) -> None:
     assert len(words) > 30
     assert sum(map(len, words)) / len(words) < 7
     assert len({"the", "of", "and", "a", "to", "in", "was"} & set(words)) >= 3
+
+
+def test_only_steps_of_int8_are_compiled(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out, err = run(PROMPT, "--compile", "--max-new-tokens", "2")
+    assert (status, out) == (1, "")
+    assert "cannot be compiled: it is not quantised to int8" in err
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    status, out, err = run(PROMPT, "--compile", "--quantize", "int8", "--max-new-tokens", "2")
+    assert status == 0
+    assert out.startswith(PROMPT)
+    assert "warning: decoding is not compiled: there is no C++ compiler" in err

@@ -138,3 +138,14 @@ def test_a_cuda_device_is_named(
     text = info.report(found)
     assert f"GPU 0: NVIDIA H200, compute capability {major}.0, 150 GiB" in text
     assert "device: cuda, backend: auto" in text
+
+
+def test_the_compiler_of_steps_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    assert facts(capsys)["compiler"] is None
+    (tmp_path / "g++").touch(mode=0o755)
+    assert facts(capsys)["compiler"] == str(tmp_path / "g++")
+    assert main(["info"]) == 0
+    assert f"C++ compiler for compile_decoding: {tmp_path / 'g++'}" in capsys.readouterr().out
