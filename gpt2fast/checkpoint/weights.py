@@ -49,7 +49,7 @@ _MAX_JSON_BYTES = 64 << 20
 # Weights hardly compress; an archive that unpacks to much more than its size is a bomb.
 _MAX_ARCHIVE_RATIO = 20
 _OUR_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_INTEGERS = (torch.int8, torch.uint8)
+_LOW_BIT = (torch.float16, torch.int8, torch.uint8)
 _PARTS = 24  # about so many mappings of low-bit tensors: each holds a file descriptor
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -108,8 +108,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with _as_checkpoint_error(path), safe_open(path, framework="pt", device="cpu") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        integers = {name: t for name, t in tensors.items() if t.dtype in _INTEGERS and t.numel()}
-        return {**tensors, **_mapped_in_parts(path, integers)}
+        low_bit = {name: t for name, t in tensors.items() if t.dtype in _LOW_BIT and t.numel()}
+        return {**tensors, **_mapped_in_parts(path, low_bit)}
 
 
 def _mapped_in_parts(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def test_the_tensors_of_a_file_are_a_state_dict(saved: Path, assign: bool) -> No
         model.load_state_dict({**tensors, "lm_head.weight": torch.zeros_like(head)})
 
 
-def test_integers_are_mapped_wherever_they_lie(tmp_path: Path) -> None:
+def test_low_bits_are_mapped_wherever_they_lie(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = [1, 3, 4095, 4097, 70_001, 5, 12_345]  # of a file of some thirty pages
     tensors = {
@@ -118,6 +118,7 @@ def test_integers_are_mapped_wherever_they_lie(tmp_path: Path) -> None:
     }
     tensors |= {
         "bytes": torch.randint(0, 256, (31, 77), dtype=torch.uint8),
+        "halves": torch.randn(99, 101).half(),
         "empty": torch.empty(0, 3, dtype=torch.int8),
         "float": torch.randn(3, 5),
     }
