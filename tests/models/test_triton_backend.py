@@ -4,11 +4,8 @@ Without a GPU the kernels run in Triton's interpreter, in float32 and float16.
 """
 
 import copy
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,12 @@ import torch.multiprocessing
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2fast
+from gpt2fast import kernels
+from gpt2fast.kernels._triton import layer_norm
 from tests.kernels.devices import DEVICE
 from tests.models.reference import (
     assert_forward,
@@ -32,6 +32,7 @@ from tests.models.reference import (
     sizes,
     tokens,
 )
+from tests.models.two_processes import gradients_of_rank
 from tests.tolerances import relative_error
 
 DIFFERENTIABLE = ("embedding", "layer_norm", "causal_attention", "gelu_mlp")
@@ -49,23 +50,6 @@ def _triton() -> Iterator[None]:
 def models(kind: str = "GPT2LMHeadModel", **overrides: Any) -> tuple[Any, Any]:
     ours, reference = pair(kind, **{**SIZES, **overrides})
     return ours.to(DEVICE), reference.to(DEVICE)
-
-
-CACHED = """
-import torch
-from gpt2fast import kernels
-from gpt2fast.kernels._triton import layer_norm
-
-def count(*args):
-    launched.append(1)
-    return launch(*args)
-
-launched, launch = [], layer_norm.layer_norm_fwd
-layer_norm.layer_norm_fwd = count
-x = torch.randn(3, 8)
-torch.compile(lambda x: kernels.layer_norm(x, x[0], x[1]) * 2)(x)
-print(bool(launched))
-"""
 
 
 class _Ops(TorchDispatchMode):
@@ -230,20 +214,29 @@ def test_compiled_code_follows_the_backend() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++ on a CPU")
-def test_compiled_code_on_disk_follows_the_backend(tmp_path: Path) -> None:
-    """Inductor's cache, shared by two processes that select different backends."""
-    program = tmp_path / "program.py"
-    program.write_text(CACHED)
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    for name, runs in (("torch", False), ("triton", True)):
-        done = subprocess.run(
-            [sys.executable, str(program)],
-            env={**environment, "GPT2FAST_BACKEND": name},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.split() == [str(runs)]
+def test_compiled_code_on_disk_follows_the_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor's cache, which outlives what a process remembers."""
+    launched = []
+    kernel = layer_norm._layer_norm_fwd_kernel
+
+    class Counted:
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(layer_norm, "_layer_norm_fwd_kernel", Counted())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.randn(3, 8)
+    for name, cached in (("torch", 0), ("triton", 0), ("torch", 1), ("triton", 1)):
+        torch._dynamo.reset()
+        counters.clear()
+        launched.clear()
+        with gpt2fast.backend(name):
+            torch.compile(lambda x: kernels.layer_norm(x, x[0], x[1]))(x)
+        assert bool(launched) == (name == "triton")
+        assert counters["inductor"]["fxgraph_cache_hit"] == cached
 
 
 def test_checkpointing_replays_the_dropout() -> None:
@@ -296,35 +289,9 @@ def test_hooks_see_and_change_what_they_would(name: str) -> None:
     rolled.remove()
 
 
-def _train_two(rank: int, port: int, kind: str, state: Any, ids: Tensor, result: Path) -> None:
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    with gpt2fast.backend("triton"):
-        model = gpt2fast.GPT2LMHeadModel(gpt2fast.GPT2Config(**sizes(**SIZES))).eval()
-        model.load_state_dict(state)
-        wrapped: nn.Module = model
-        if kind == "ddp":
-            wrapped = nn.parallel.DistributedDataParallel(model)
-        else:
-            for block in model.transformer.h:
-                fully_shard(block)
-            fully_shard(model)
-        wrapped(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters()}
-    if kind == "fsdp2":
-        grads = {name: grad.full_tensor() for name, grad in grads.items()}
-    if rank == 0:
-        torch.save(grads, result)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="two processes of one test do not share a GPU")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_give_the_gradients_of_one(kind: str, tmp_path: Path) -> None:
+def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
+    """Under DistributedDataParallel, and under FSDP2."""
     ours, _ = models()
     state, ids = copy.deepcopy(ours.state_dict()), tokens(2, 6)
     # Rows of one length: the mean over both is the mean of the two processes' means.
@@ -332,8 +299,11 @@ def test_two_processes_give_the_gradients_of_one(kind: str, tmp_path: Path) -> N
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = (port, kind, state, ids, tmp_path / "gradients")
-    torch.multiprocessing.spawn(_train_two, arguments, nprocs=2)
+    arguments = (port, sizes(**SIZES), state, ids, tmp_path / "gradients")
+    torch.multiprocessing.spawn(gradients_of_rank, arguments, nprocs=2)
     got = torch.load(tmp_path / "gradients")
-    for name, gradient in want.items():
-        assert relative_error(got[name], gradient) <= 1e-5, name
+    assert set(got) == {"ddp", "fsdp2"}
+    for kind, gradients in got.items():
+        assert gradients.keys() == want.keys()
+        for name, gradient in want.items():
+            assert relative_error(gradients[name], gradient) <= 1e-5, (kind, name)
