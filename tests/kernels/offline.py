@@ -25,6 +25,9 @@ from gpt2fast.kernels._triton import target
 from tests.kernels import offline_record
 from tests.kernels.offline_compile import CASES, Compiled, Launch, compiled, launches, measure
 
+# A process takes as long to start as a dozen of the kernels to compile.
+FEW = 40
+
 
 def _measure(job: tuple[str, int, set[str]]) -> dict[str, dict[str, Any]]:
     """Those of a case's launches on a chip with the given keys."""
@@ -52,7 +55,7 @@ def measure_all(
             by_case[case, launch.chip].add(key)
     work = [(*pair, keys) for pair, keys in by_case.items()]
     found: dict[str, dict[str, Any]] = {}
-    if jobs == 1:
+    if jobs == 1 or len(wanted) < FEW:
         for job in work:
             found.update(_measure(job))
         return found

@@ -204,11 +204,9 @@ def cuobjdump(cubin: bytes, *options: str) -> str:
 def measure(launch: Launch) -> dict[str, Any]:
     """Compile it, and read the cubin: the fields of `Compiled` behind the key."""
     kernel = launch.kernel
-    usage = dict(
-        re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump(kernel.asm["cubin"], "-res-usage"))
-    )
-    sass = cuobjdump(kernel.asm["cubin"], "-sass")
-    mnemonics = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([\w.]+)", sass, re.M))
+    text = cuobjdump(kernel.asm["cubin"], "-res-usage", "-sass")
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    mnemonics = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([\w.]+)", text, re.M))
     return {
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
