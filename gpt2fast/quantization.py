@@ -33,7 +33,7 @@ CONFIG_FIELD = "quantization_config"
 MODES = {"int8": (8, 8), "fp16": (16, 16), "int4": (4, 8)}
 _DTYPES = {16: torch.float16, 8: torch.int8, 4: torch.uint8}
 _LARGEST = 65504  # of float16; weights are of the order of 1
-_BLOCK = 8192  # outputs that are quantised at a time
+_BLOCK = 256  # outputs that are quantised at a time: what they take on the way stays in caches
 _BLOCK_MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -132,14 +132,10 @@ def make_room(model: "PreTrainedModel", mode: str, dtype: torch.dtype) -> None:
     bits = bits_of(mode)
     for name, module in _targets(model):
         weight = _output_major(module, module.weight)
-        rows, inner = weight.shape
         form = bits(name)
-        _check_inputs(name, inner, form)
-        groups = -(-inner // packing.INT4_GROUP)
-        scale = {16: None, 8: (rows,), 4: (rows, groups)}[form]
-        data = weight.new_empty(rows, inner // 2 if form == 4 else inner, dtype=_DTYPES[form])
-        scales = None if scale is None else weight.new_empty(scale, dtype=torch.float32)
-        model.set_submodule(name, _module(module, data, scales, form, dtype))
+        _check_inputs(name, weight.shape[1], form)
+        data, scale = _empty_form(*weight.shape, form, weight.device)
+        model.set_submodule(name, _module(module, data, scale, form, dtype))
     model.requires_grad_(False)
     _mark(model, mode)
 
@@ -232,10 +228,26 @@ def _check_values(name: str, weight: Tensor, bits: int) -> None:
 
 def _form(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     """``[N, K]`` in the form of so many bits, a block of outputs at a time."""
-    parts = [packing.FORMS[bits](block.contiguous()) for block in weight.split(_BLOCK)]
-    data = torch.cat([data for data, _ in parts])
-    scales = [scale for _, scale in parts if scale is not None]
-    return data, torch.cat(scales) if scales else None
+    # First what stays: above what a block took on its way, it would keep that from being returned.
+    data, scale = _empty_form(*weight.shape, bits, weight.device)
+    for start in range(0, len(weight), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        data[rows], part = packing.FORMS[bits](weight[rows].contiguous())
+        if scale is not None:
+            scale[rows] = part
+    return data, scale
+
+
+def _empty_form(
+    rows: int, inner: int, bits: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    width = inner // 2 if bits == 4 else inner
+    data = torch.empty(rows, width, dtype=_DTYPES[bits], device=device)
+    groups = -(-inner // packing.INT4_GROUP)
+    shape = {16: None, 8: (rows,), 4: (rows, groups)}[bits]
+    if shape is None:
+        return data, None
+    return data, torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def _output_major(module: nn.Module, weight: Tensor) -> Tensor:

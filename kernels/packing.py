@@ -95,7 +95,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     scale = weight.abs().amax(1) / 127
     scale = torch.where(scale > 0, scale, 1.0)
-    rounded = (weight / scale[:, None]).round().clamp(-127, 127)
+    rounded = (weight / scale[:, None]).round_().clamp_(-127, 127)
     return rounded.to(torch.int8), scale
 
 
