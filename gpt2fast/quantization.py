@@ -134,7 +134,7 @@ def make_room(model: "PreTrainedModel", mode: str, dtype: torch.dtype) -> None:
         weight = _output_major(module, module.weight)
         form = bits(name)
         _check_inputs(name, weight.shape[1], form)
-        data, scale = _empty_form(*weight.shape, form, weight.device)
+        data, scale = _empty_form(weight, form)
         model.set_submodule(name, _module(module, data, scale, form, dtype))
     model.requires_grad_(False)
     _mark(model, mode)
@@ -229,25 +229,22 @@ def _check_values(name: str, weight: Tensor, bits: int) -> None:
 def _form(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     """``[N, K]`` in the form of so many bits, a block of outputs at a time."""
     # First what stays: above what a block took on its way, it would keep that from being returned.
-    data, scale = _empty_form(*weight.shape, bits, weight.device)
+    data, scale = _empty_form(weight, bits)
     for start in range(0, len(weight), _BLOCK):
         rows = slice(start, start + _BLOCK)
         data[rows], part = packing.FORMS[bits](weight[rows].contiguous())
-        if scale is not None:
+        if scale is not None and part is not None:
             scale[rows] = part
     return data, scale
 
 
-def _empty_form(
-    rows: int, inner: int, bits: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    width = inner // 2 if bits == 4 else inner
-    data = torch.empty(rows, width, dtype=_DTYPES[bits], device=device)
+def _empty_form(weight: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Room for ``[N, K]`` in the form of so many bits."""
+    rows, inner = weight.shape
+    data = weight.new_empty(rows, inner // 2 if bits == 4 else inner, dtype=_DTYPES[bits])
     groups = -(-inner // packing.INT4_GROUP)
     shape = {16: None, 8: (rows,), 4: (rows, groups)}[bits]
-    if shape is None:
-        return data, None
-    return data, torch.empty(shape, dtype=torch.float32, device=device)
+    return data, None if shape is None else weight.new_empty(shape, dtype=torch.float32)
 
 
 def _output_major(module: nn.Module, weight: Tensor) -> Tensor:
