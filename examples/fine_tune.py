@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.file:
-        text = Path(args.file).read_text(encoding="utf-8")
+        text = Path(args.file).read_text(encoding="utf-8-sig")
     else:
         rows = map(json.loads, LINES.read_text(encoding="utf-8").splitlines())
         text = "\n".join(row["text"] for row in rows)

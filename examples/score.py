@@ -22,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.files:
-        texts = {name: Path(name).read_text(encoding="utf-8") for name in args.files}
+        texts = {name: Path(name).read_text(encoding="utf-8-sig") for name in args.files}
     else:
         rows = map(json.loads, LINES.read_text(encoding="utf-8").splitlines())
         texts = {row["id"]: row["text"] for row in rows}
@@ -32,10 +32,11 @@ def main() -> None:
     tokenizer = GPT2Tokenizer()
     scores = dict(zip(texts, scorer(list(texts.values())), strict=True))
     print("perplexity  tokens  least expected  text")
-    for name, score in sorted(scores.items(), key=lambda item: item[1].perplexity):
+    # An empty text has no perplexity: it comes last.
+    for name, score in sorted(scores.items(), key=lambda s: (not s[1].n_scored, s[1].perplexity)):
         pairs = zip(score.log_probs, score.token_ids, strict=True)
-        _, token = min(pair for pair in pairs if pair[0] is not None)
-        word = repr(tokenizer.decode([token]))
+        tokens = [token for _, token in sorted(pairs)[:1]]
+        word = repr(tokenizer.decode(tokens)) if tokens else "-"
         print(f"{score.perplexity:10.1f}  {score.n_scored:6}  {word:14}  {name}")
 
 

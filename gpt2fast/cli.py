@@ -359,7 +359,7 @@ def _read_prompt(argument: str | None, file: str | None) -> str:
         byte = data[error.start]
         raise ValueError(f"{source} is not UTF-8: byte {byte:#04x} at {error.start}") from error
     if argument is None:
-        prompt = prompt.removesuffix("\n").removesuffix("\r")
+        prompt = prompt.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
     if not prompt:
         raise ValueError(f"the prompt is empty: {source} holds no text")
     return prompt

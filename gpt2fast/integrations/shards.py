@@ -10,6 +10,7 @@ or another number of them: lines that are in any part are not worked on again. W
 at the end of a part, half a line, is cut off.
 """
 
+import codecs
 import hashlib
 import heapq
 import json
@@ -108,6 +109,8 @@ def _rows(source: Path) -> Iterator[tuple[int, Row]]:
     """The objects of a file with their line's number, from 0."""
     with source.open("rb") as file:
         for number, line in enumerate(file):
+            if number == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:

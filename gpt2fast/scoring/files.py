@@ -6,9 +6,11 @@
   optionally an ``id`` of any kind, which is handed on. Other fields are not read; blank lines are
   skipped.
 
-Both are UTF-8. Every complaint names the file and the line.
+Both are UTF-8; a byte order mark at the beginning of a file is no text. Every complaint names the
+file and the line.
 """
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -79,7 +81,7 @@ def _read_text(path: Path) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}:{line}: not UTF-8: {_where(error)}") from error
-    for number, document in enumerate(split_documents(text), 1):
+    for number, document in enumerate(split_documents(text.removeprefix("\ufeff")), 1):
         labels = {"file": str(path), "document": number}
         yield Record(f"{path}, document {number}", document, labels)
 
@@ -87,6 +89,8 @@ def _read_text(path: Path) -> Iterator[Record]:
 def _read_lines(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(map(bytes.strip, file), 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line:
                 continue
             place = f"{path}:{number}"

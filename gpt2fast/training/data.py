@@ -1,8 +1,9 @@
 """Text files to a memory-mapped stream of token ids, and the order in which training reads it.
 
 Documents are separated by a line ``<|endoftext|>``; every document is tokenized on its own and
-followed by that token. The ids are kept as uint16 in a cache file named by the hash of what they
-were made from, so a second run starts at once and an edited text is tokenized again.
+followed by that token. A byte order mark at the beginning of a file is no text. The ids are kept as
+uint16 in a cache file named by the hash of what they were made from, so a second run starts at once
+and an edited text is tokenized again.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from gpt2fast.files import replacing
 from gpt2fast.tokenizer import GPT2Tokenizer
 
 _SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?$\n?", re.MULTILINE)
-_CACHE_FORMAT = b"gpt2fast tokens 1\n"
+_CACHE_FORMAT = b"gpt2fast tokens 2\n"
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -52,9 +53,10 @@ def split_documents(text: str) -> list[str]:
 def _read_text(path: Path) -> str:
     data = path.read_bytes()
     try:
-        return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
     except (lzma.LZMAError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    return text.removeprefix("\ufeff")
 
 
 def own_tokenizer(checkpoint: str) -> GPT2Tokenizer | None:

@@ -116,6 +116,7 @@ def test_a_full_context_ends_or_slides(run: Run) -> None:
         (b"Once upon\na time\n", "Once upon\na time"),
         (b"Once\r\n", "Once"),
         (b"Once\n\n", "Once\n"),
+        (b"\xef\xbb\xbfOnce", "Once"),
         ("na\u00efve \U0001f600".encode(), "na\u00efve \U0001f600"),
     ],
 )

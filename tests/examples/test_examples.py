@@ -41,6 +41,20 @@ def test_score(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert sorted(row[-1] for row in rows) == sorted(IDS)
 
 
+def test_score_of_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One is empty, and one begins with a byte order mark, which is no text."""
+    texts = {"empty": b"", "plain": b"The captain", "marked": b"\xef\xbb\xbfThe captain"}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    run_example(monkeypatch, "score", *(str(tmp_path / name) for name in texts))
+    plain, marked, empty = (row.rsplit("  ", 1) for row in capsys.readouterr().out.splitlines()[1:])
+    assert plain[0] == marked[0]
+    assert empty[0].split() == ["nan", "0", "-"]
+    assert [Path(row[1]).name for row in (plain, marked, empty)] == ["plain", "marked", "empty"]
+
+
 def test_fine_tune(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

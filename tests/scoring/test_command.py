@@ -86,6 +86,17 @@ def test_records_in_order_and_the_summary(
     assert float(said[2].replace(",", "")) == pytest.approx(corpus, rel=1e-5)
 
 
+def test_a_byte_order_mark_is_no_text(
+    tiny: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(tiny, *texts, "--tokens")) == 0
+    plain = capsys.readouterr().out
+    for path in texts:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert main(command(tiny, *texts, "--tokens")) == 0
+    assert capsys.readouterr().out == plain
+
+
 def test_without_tokens_low_bits_and_dtypes(
     tiny: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,14 @@ def test_tokens_are_each_documents_ids_and_an_end(tmp_path):
     assert isinstance(tokens, np.memmap)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "plain.txt").write_text("Once \ufeffupon\n<|endoftext|>\n\ufeffa time")
+    (tmp_path / "marked.txt").write_text("\ufeffOnce \ufeffupon\n<|endoftext|>\n\ufeffa time")
+    plain, marked = (load_tokens([tmp_path / name], tmp_path / "cache") for name in
+                     ("plain.txt", "marked.txt"))  # fmt: skip
+    assert plain.tolist() == marked.tolist()
+
+
 class _CountingTokenizer(GPT2Tokenizer):
     def __init__(self) -> None:
         super().__init__()
