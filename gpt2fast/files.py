@@ -1,10 +1,11 @@
-"""Files that are whole or absent, whatever moment the process dies at."""
+"""Files that are whole or absent, whatever moment the process dies at, and locks on files."""
 
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 
 @contextmanager
@@ -31,3 +32,21 @@ def cache_folder(name: str) -> Path:
     """Where files are kept that can be made again; it may not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(base) / "gpt2fast" / name
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock a file until it is closed, or its process ends; False where another has the lock.
+
+    True as well where the system, or the file system, has no locks.
+    """
+    if os.name != "posix":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True

@@ -23,3 +23,13 @@ def tokenizer_of(name_or_path: str | os.PathLike[str]) -> GPT2Tokenizer:
                 f"found no tokenizer of {name_or_path}, so GPT-2's is used: {error}", stacklevel=2
             )
         return GPT2Tokenizer(model_max_length=sys.maxsize)
+
+
+def rules(tokenizer: GPT2Tokenizer) -> tuple[object, ...]:
+    """What its ids of a text follow from; the ``repr`` is the same in every process."""
+    return (
+        tokenizer.get_vocab(),
+        tokenizer.bpe_ranks,
+        tokenizer.eos_token_id,
+        tokenizer.add_prefix_space,
+    )

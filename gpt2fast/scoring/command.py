@@ -1,6 +1,7 @@
 """The score command: its options, and what happens from the files to the summary."""
 
 import argparse
+import hashlib
 import math
 import sys
 import time
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{path} is no file: it is read twice, first to check it")
     import torch
 
+    from gpt2fast.checkpoint.vocabulary import rules, tokenizer_of
     from gpt2fast.scoring.files import read, survey
     from gpt2fast.scoring.results import Results, SavedResults
     from gpt2fast.scoring.scorer import ProgressBar, Scorer
@@ -106,8 +108,10 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
+    tokenizer = tokenizer_of(args.model)
     scorer = Scorer(
         args.model,
+        tokenizer,
         stride=args.stride,
         max_length=args.max_length,
         batch_tokens=args.batch_tokens,
@@ -120,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "files": digest,
         "model": scorer.fingerprint(),
+        "tokenizer": hashlib.sha256(repr(rules(tokenizer)).encode()).hexdigest()[:16],
         **{name: getattr(args, name) for name in ("tokens", "bos", "dtype", "quantize")},
         **{name: getattr(scorer, name) for name in ("max_length", "stride", "batch_tokens")},
         "device": device.type,

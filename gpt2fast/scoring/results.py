@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpt2fast.files import replacing
+from gpt2fast.files import replacing, try_lock
 from gpt2fast.scoring.scorer import perplexity
 
 
@@ -81,11 +81,9 @@ class SavedResults(Results):
         else:
             self._save()
         self._file: BinaryIO = path.open("ab")
-        try:
-            _claim(self._file)
-        except BlockingIOError as error:
+        if not try_lock(self._file):
             self._file.close()
-            raise ValueError(f"{path}: another run is writing it") from error
+            raise ValueError(f"{path}: another run is writing it")
         self._file.truncate(self._size)
 
     def __exit__(self, *_: object) -> None:
@@ -131,17 +129,3 @@ class SavedResults(Results):
         size = path.stat().st_size if path.exists() else 0
         if size < self._size:
             raise ValueError(f"{path} has lost lines: {size} bytes of {self._size} are left")
-
-
-def _claim(file: BinaryIO) -> None:
-    """Lock a file until it is closed, where the system can; BlockingIOError if another has."""
-    if os.name != "posix":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # a file system without locks
-        pass

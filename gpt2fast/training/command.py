@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,18 +176,22 @@ def _run(args: argparse.Namespace) -> int:
 
     from gpt2fast.cli import pick_device
     from gpt2fast.training.data import find_files, load_tokens, own_tokenizer
-    from gpt2fast.training.distributed import own_device, start_workers
+    from gpt2fast.training.distributed import launched, own_device, start_workers
     from gpt2fast.training.settings import Settings
-    from gpt2fast.training.state import checkpoint_folders
+    from gpt2fast.training.state import checkpoint_folders, claimed
     from gpt2fast.training.trainer import Trainer
 
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     out = Path(args.out)
-    if checkpoint_folders(out / "checkpoints") and not args.resume:
-        raise ValueError(f"{out} holds a run already: add --resume, or choose another --out")
+    checkpoints = out / "checkpoints"
 
+    def check_new() -> None:
+        if checkpoint_folders(checkpoints) and not args.resume:
+            raise ValueError(f"{out} holds a run already: add --resume, or choose another --out")
+
+    check_new()
     device = own_device(pick_device(args.device))
     cache = Path(args.cache_dir).expanduser()
     files = find_files(args.data)
@@ -198,7 +203,13 @@ def _run(args: argparse.Namespace) -> int:
         tokenizer = own_tokenizer(args.init_from)
     train = load_tokens(files, cache, tokenizer)
     valid = load_tokens(valid_files, cache, tokenizer) if valid_files else None
-    with start_workers(args.parallel, device) as workers:
+    first = not launched() or os.environ["RANK"] == "0"
+    with (
+        claimed(checkpoints) if first else nullcontext(),
+        start_workers(args.parallel, device) as workers,
+    ):
+        if first:
+            check_new()  # another run may have ended in the meantime
         trainer = Trainer(
             model,
             train,

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2fast.checkpoint.vocabulary import tokenizer_of
+from gpt2fast.checkpoint.vocabulary import rules, tokenizer_of
 from gpt2fast.files import replacing
 from gpt2fast.tokenizer import GPT2Tokenizer
 
@@ -65,23 +65,13 @@ def own_tokenizer(checkpoint: str) -> GPT2Tokenizer | None:
     Raises ValueError where its ids do not fit, or no token ends a text.
     """
     tokenizer = tokenizer_of(checkpoint)
-    if _rules(tokenizer) == _rules(GPT2Tokenizer()):
+    if rules(tokenizer) == rules(GPT2Tokenizer()):
         return None
     if (size := len(tokenizer)) > 2**16:
         raise ValueError(f"the tokenizer of {checkpoint} has {size} tokens: too many for uint16")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {checkpoint} has no token that ends a text")
     return tokenizer
-
-
-def _rules(tokenizer: GPT2Tokenizer) -> tuple[object, ...]:
-    """What its ids of a document follow from."""
-    return (
-        tokenizer.get_vocab(),
-        tokenizer.bpe_ranks,
-        tokenizer.eos_token_id,
-        tokenizer.add_prefix_space,
-    )
 
 
 def _token_ids(path: Path, tokenizer: GPT2Tokenizer) -> Iterator[np.ndarray]:
@@ -104,7 +94,7 @@ def load_tokens(
     """
     digest = hashlib.sha256(_CACHE_FORMAT)
     if tokenizer is not None:
-        digest.update(repr(_rules(tokenizer)).encode())
+        digest.update(repr(rules(tokenizer)).encode())
     for path in files:
         digest.update(f"{path.suffix} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:

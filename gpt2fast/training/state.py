@@ -16,10 +16,28 @@ from typing import Any
 
 import torch
 
+from gpt2fast.files import try_lock
 from gpt2fast.training.distributed import Workers
 
 _KEEP = 2
 _RUN_FILE = "run.json"
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Within, other runs are kept out of ``folder``, which is made if need be.
+
+    The lock goes with the process, however that ends. Raises ValueError where another has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        if not try_lock(file):
+            file.seek(0)
+            raise ValueError(f"{folder.parent}: another run is writing it, process {file.read()}")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -232,6 +232,21 @@ def test_it_goes_on_only_as_it_began(
     for name in ("other", "heads"):
         words = command(tmp_path / name, file, "--out", out, "--resume")
         assert failure(capsys, words).startswith(f"{out} was begun with model '")
+    words = command(tmp_path / "same", file, "--out", out, "--resume")
+    GPT2LMHeadModel.from_pretrained(tiny).save_pretrained(tmp_path / "same")
+    GPT2Tokenizer().save_pretrained(tmp_path / "same")
+    assert main(words) == 0
+    capsys.readouterr()
+    for name in ("vocab.json", "merges.txt"):  # GPT-2's, but for two tokens, or the last merge
+        GPT2Tokenizer().save_vocabulary(tmp_path / "same")
+        (tmp_path / "same" / "tokenizer.json").unlink(missing_ok=True)
+        path = tmp_path / "same" / name
+        text = path.read_text("utf-8")
+        if name == "vocab.json":
+            path.write_text(json.dumps({**json.loads(text), "!": 1, '"': 0}))
+        else:
+            path.write_text("\n".join(text.rstrip("\n").split("\n")[:-1]) + "\n")
+        assert failure(capsys, words).startswith(f"{out} was begun with tokenizer '")
     file.write_text(file.read_text() + '{"text": "more"}\n')
     words = command(tiny, file, "--out", out, "--resume")
     assert failure(capsys, words).startswith(f"{out} was begun with files '")
