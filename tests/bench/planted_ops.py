@@ -55,7 +55,13 @@ def _case(op: str, ours: Callable[..., Any], **peers: Callable[..., Any]) -> Cas
     )
 
 
+def _wait() -> Inputs:
+    time.sleep(300)
+    raise AssertionError
+
+
 def faulty(scale: str) -> list[Case]:
+    waits = _case("waits", _double)
     return [
         _case("right", _double, wrong=_almost_double),
         _case("wrong", _almost_double),
@@ -63,13 +69,5 @@ def faulty(scale: str) -> list[Case]:
         _case("dies", _die),
         _case("peer_dies", _double, deadly=_die),
         _case("peer_fails_in_a_graph", _double, peer=_double_but_in_a_graph),
+        Case(**{**vars(waits), "inputs": _wait}),
     ]
-
-
-def slow(scale: str) -> list[Case]:
-    def wait() -> Inputs:
-        time.sleep(120)
-        raise AssertionError
-
-    last = _case("slow", _double)
-    return [_case("right", _double), Case(**{**vars(last), "inputs": wait})]

@@ -14,7 +14,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTY = ("--table", "tests.bench.planted_ops:faulty")
-SLOW = ("--table", "tests.bench.planted_ops:slow")
 
 
 def start(out: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -134,9 +133,29 @@ def check_step(part: str, case: dict[str, Any]) -> None:
         assert ("device_ratio" in times) == ("host_ratio" in times) == (name != ours)
 
 
-def test_wrong_answers_are_not_timed_and_crashes_harm_nothing_else(tmp_path: Path) -> None:
-    status, record, output = run(tmp_path / "record.json", "--only", "ops", *FAULTY)
-    assert status == 1
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], str]:
+    """As `run`, of cases with faults, interrupted at the last, which would wait for ever."""
+    out = tmp_path_factory.mktemp("faulty") / "record.json"
+    process = start(out, "--only", "ops", *FAULTY)
+    deadline = time.time() + 300
+    try:
+        while time.time() < deadline:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            part = json.loads(out.read_text())["parts"].get("ops", {}) if out.exists() else {}
+            if len(part.get("cases", [])) == 6:
+                break
+            time.sleep(0.2)
+    finally:
+        process.terminate()  # with SIGTERM, as an interruption comes
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, json.loads(out.read_text()), output + errors
+
+
+def test_wrong_answers_are_not_timed_and_crashes_harm_nothing_else(
+    faulty: tuple[int, dict[str, Any], str],
+) -> None:
+    _, record, output = faulty
     cases = {case["case"].split()[0]: case for case in record["parts"]["ops"]["cases"]}
     assert {name: case["status"] for name, case in cases.items()} == {
         "right": "measured",
@@ -164,26 +183,39 @@ def test_wrong_answers_are_not_timed_and_crashes_harm_nothing_else(tmp_path: Pat
     assert output.count("FAILED ops: ") == 3
 
 
-def test_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
-    out = tmp_path / "record.json"
-    process = start(out, "--only", "ops", *SLOW)
-    deadline = time.time() + 100
-    while time.time() < deadline:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        if out.exists() and json.loads(out.read_text())["parts"].get("ops", {}).get("cases"):
-            break
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    record = json.loads(out.read_text())
+def test_interrupted_run_keeps_what_it_has(faulty: tuple[int, dict[str, Any], str]) -> None:
+    status, record, output = faulty
+    assert status == 130
     assert record["status"] == "interrupted"
-    assert [case["op"] for case in record["parts"]["ops"]["cases"]] == ["right"]
+    names = [case["case"].split()[0] for case in record["parts"]["ops"]["cases"]]
+    assert (len(names), names[0]) == (6, "right")
+    assert f"record: {record['arguments'][2]}" in output
+
+
+@pytest.mark.parametrize(
+    ("failures", "parity", "status"),
+    [([], "passed", 0), (["ops: one"], "passed", 1), ([], "incomplete", 3)],
+)
+def test_exit_status(
+    failures: list[str], parity: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a script's own folder is taken from it
+    from bench import gpu_suite
+
+    def fill(suite: Any) -> None:
+        suite._record["failures"] += failures
+        suite._record["parts"]["parity"] = {"status": parity, "counts": {}}
+
+    monkeypatch.setattr(gpu_suite.Suite, "run", fill)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--dry-run", "--out", str(tmp_path / "record")])
+    assert gpu_suite.main() == status
+    assert json.loads((tmp_path / "record").read_text())["status"] == "complete"
 
 
 def test_budget(tmp_path: Path) -> None:
     start = time.time()
-    status, record, output = run(tmp_path / "record.json", "--budget-seconds", "0.3", *SLOW)
+    status, record, output = run(tmp_path / "record.json", "--budget-seconds", "0.3", *FAULTY)
     assert status == 3, output  # parity was to be shown, and was not
     assert {part["status"] for part in record["parts"].values()} == {"incomplete"}
     assert record["seconds"] < 0.3 + 15 + 10

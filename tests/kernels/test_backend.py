@@ -15,7 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpt2fast
 from gpt2fast.kernels import backend as module_function
-from gpt2fast.kernels.backend import readable, selected_backend, serves, unavailable, use_triton
+from gpt2fast.kernels.backend import (
+    _Selection,
+    readable,
+    selected_backend,
+    serves,
+    unavailable,
+    use_triton,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -76,20 +83,30 @@ def test_an_unknown_name_is_refused() -> None:
     assert selected_backend() == "auto"
 
 
-def test_the_environment_chooses() -> None:
-    code = "from gpt2fast.kernels.backend import selected_backend; print(selected_backend());"
-    code += LAYER_NORM
-    assert _python(code, GPT2FAST_BACKEND="torch").stdout.startswith("torch\ntorch.Size([2, 8])")
-    assert _python(code).stdout.startswith("auto\n")
-    refused = _python(code, GPT2FAST_BACKEND="cuda")
-    assert "GPT2FAST_BACKEND must be one of" in refused.stderr
-    assert "got 'cuda'" in refused.stderr
+def test_the_environment_is_read_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the package is imported, which makes the selection."""
+    for name in ("torch", "triton", "auto"):
+        monkeypatch.setenv("GPT2FAST_BACKEND", name)
+        assert _Selection().choice == name
+    monkeypatch.setenv("GPT2FAST_BACKEND", "")
+    assert _Selection().choice == "auto"
+    monkeypatch.delenv("GPT2FAST_BACKEND")
+    assert _Selection().choice == "auto"
+    monkeypatch.setenv("GPT2FAST_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"GPT2FAST_BACKEND must be one of .* got 'cuda'"):
+        _Selection()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels")
 def test_kernels_chosen_where_they_cannot_run_are_an_error() -> None:
-    done = _python(LAYER_NORM, GPT2FAST_BACKEND="triton")
-    assert "the triton backend is selected, but the tensors are on 'cpu'" in done.stderr
+    code = f"""
+try: {LAYER_NORM}
+except RuntimeError as error: print(error)
+with kernels.backend("torch"): {LAYER_NORM}"""
+    done = _python(code, GPT2FAST_BACKEND="triton")
+    refused, served = done.stdout.splitlines()
+    assert "the triton backend is selected, but the tensors are on 'cpu'" in refused
+    assert served == "torch.Size([2, 8])"
     done = _python(LAYER_NORM, GPT2FAST_BACKEND="triton", TRITON_INTERPRET="1")
     assert done.stdout == "torch.Size([2, 8])\n"
 
