@@ -142,7 +142,9 @@ def compile_decoding(model: "LanguageModel") -> "LanguageModel":
     """Let `generate`, `stream` and new engines of this model decode by compiled steps.
 
     For int8 models on a CPU: one sequence is then generated nearly twice as fast, with activations
-    of 16 bits instead of 8. Several at once, prompts and proposed tokens are evaluated as before.
+    of 16 bits instead of 8. Several at once, prompts and proposed tokens are evaluated as before,
+    so tokens that are nearly level may come out otherwise there than alone.
+
     Compiles for some 30 seconds where it has not been done for such a model on this machine, and
     keeps the result in files (in ``$XDG_CACHE_HOME`` or ``~/.cache``, folder
     ``gpt2fast/compiled``), so that other models of the same shape, and later processes, take
@@ -198,8 +200,8 @@ def step_of(model: "LanguageModel") -> CompiledStep | None:
         return None
     try:
         return CompiledStep(model, folder)
-    except RuntimeError as error:
-        warnings.warn(f"decoding is not compiled: {folder}: {first_line(error)}", stacklevel=2)
+    except CannotCompile as error:
+        warnings.warn(f"decoding is not compiled: {error}", stacklevel=2)
         return None
 
 
@@ -314,7 +316,10 @@ def _instructions() -> str:
 
 def _load(path: Path) -> Any:
     # The public function imports the compiler first, which takes seconds.
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    try:
+        return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    except RuntimeError as error:
+        raise CannotCompile(f"{path}: {first_line(error)}") from error
 
 
 def _why_not_compiled(model: "LanguageModel") -> str | None:
