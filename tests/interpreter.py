@@ -44,9 +44,12 @@ def prepare_once_a_launch() -> None:
 
 def _describe_once() -> None:
     """Keep what follows from a type's name and shape, and leave out what nobody looks at."""
+    from triton import knobs
     from triton.language import core
     from triton.runtime import interpreter
 
+    if not knobs.runtime.interpret:  # the compiler has the same classes
+        return
     options = interpreter.interpreter_builder.options
     if not options.debug:
         interpreter.interpreter_builder.options = dataclasses.replace(
