@@ -98,14 +98,15 @@ def _one_range(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 class _OneRange:
     def __init__(self, module: Any) -> None:
-        self._bias, self._outputs = module.bias, module.outputs
+        self._bias, self._scale, self._outputs = module.bias, module.scale, module.outputs
         levels = int(quantized.int8_ops()[quantized.Fbgemm.name]["levels"])
         self._reduced = levels < 255
         self._packed = quantized.Fbgemm(module.weight, module.scale, None, levels)._packed
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.ops.quantized.linear_dynamic(rows, self._packed, self._reduced)
+        # The integers' product; they were laid out without their scales.
+        out = torch.ops.quantized.linear_dynamic(rows, self._packed, self._reduced) * self._scale
         if self._bias is not None:
             out += self._bias
         return out.view(*x.shape[:-1], self._outputs)
