@@ -38,6 +38,8 @@ _LONG = {
     "test_offline.py",
     "test_train_run.py",
     "test_triton_backend.py",
+    "test_train_distributed.py",
+    "test_compiled.py",
     "test_engine_dependent.py",
     "test_gpu_suite.py",
     "test_distribution.py",
