@@ -1,6 +1,7 @@
 """One case from inputs to record: all providers through the gate, then those that passed timed."""
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -107,7 +108,8 @@ def measure_case(
         NotCaptured: another provider cannot.
     """
     say("inputs", SILENCE)
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # which else would be imported, for nothing
+        torch._dynamo.reset()
     seed = int.from_bytes(os.urandom(4), "little")  # fresh inputs every time, but repeatable
     torch.manual_seed(seed)
     with device:  # not around what is timed: it costs every call of PyTorch
