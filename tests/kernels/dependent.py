@@ -1,9 +1,10 @@
-"""The machine code of a step's kernels under programmatic dependent launch, as JSON.
+"""The machine code of a step's kernels under programmatic dependent launch, and of the persistent
+kernel for one row of gpt2, as JSON.
 
     python -m tests.kernels.dependent
 
-prints ``{rows: [[kernel, [instruction, ...]], ...]}`` for compute capability 9.0, the first that
-has it.
+prints ``{rows or "persistent": [[kernel, [instruction, ...]], ...]}`` for compute capability 9.0,
+the first that has such launches.
 """
 
 import json
@@ -54,7 +55,7 @@ def weights(
 
 
 def main() -> None:
-    code: dict[int, list[tuple[str, list[str]]]] = {}
+    code: dict[int | str, list[tuple[str, list[str]]]] = {}
     for rows in ROWS:
         with offline_compile.compiling(90) as launched:
             model = weights(256, 1, 4, 1024)
@@ -64,6 +65,9 @@ def main() -> None:
             select_and_commit(state, buffers, 0, greedy=True, pdl=True)
         distinct = {launch.key: launch for launch in launched}.values()
         code[rows] = [(one.name, machine_code(one.kernel.asm["cubin"])) for one in distinct]
+    with offline_compile.compiling(90) as launched:
+        offline_compile.CASES["engine persistent"]()
+    code["persistent"] = [(one.name, machine_code(one.kernel.asm["cubin"])) for one in launched]
     print(json.dumps(code))
 
 

@@ -6,20 +6,13 @@ In the interpreter it has one program, and no barriers; what those are stands in
 
 import contextlib
 import copy
-import json
-import os
-import re
-import subprocess
-import sys
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from gpt2fast.kernels._triton import target
-from gpt2fast.kernels._triton.engine import configs
 from gpt2fast.kernels.decode_state import EOS, LIMIT, RUNNING, DecodeState
 from gpt2fast.kernels.decode_step import (
     StepBuffers,
@@ -150,46 +143,3 @@ def test_refuses_what_it_cannot_do() -> None:
     few = persistent_buffers(StepBuffers.allocate(weights, 2, 1))
     with pytest.raises(ValueError, match="one step; got 2"):
         decode_persistent(weights, state, cache, few, 2, greedy=True, drafts=1)
-
-
-SCRIPT = """
-import json
-from tests.kernels import offline_compile
-from tests.kernels.exchange import machine_code
-from tests.kernels.offline_cases import CASES
-
-with offline_compile.compiling(90) as launched:
-    CASES["engine persistent"]()
-print(json.dumps(machine_code(launched[0].kernel.asm["cubin"])))
-"""
-
-
-def test_weights_of_the_next_phase_are_asked_for_between_arriving_and_waiting() -> None:
-    """In the machine code for one row of gpt2; nothing takes them apart before the wait."""
-    # In a process of its own: in this one the kernels belong to the interpreter.
-    root = Path(__file__).parents[2]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(root)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=root, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.split(maxsplit=1)[1] for line in json.loads(done.stdout)]
-    arrivals = [i for i, line in enumerate(lines) if "REDG.E.ADD.64.STRONG.GPU" in line]
-    polls = [i for i, line in enumerate(lines) if "LDG.E.64.STRONG.GPU" in line]
-    assert len(arrivals) == len(polls) == 7
-    loads = []
-    for arrival, poll in zip(arrivals, polls, strict=True):
-        between = lines[arrival:poll]
-        loads.append(sum("LDG.E.128" in line for line in between))
-        for i, line in enumerate(between):
-            if load := re.search(r"LDG\.E\.128(?:\.\w+)* R(\d+)", line):
-                own = "|".join(str(int(load[1]) + n) for n in range(4))
-                assert not [s for s in between[i + 1 :] if re.search(rf"\bR({own})\b", s)], line
-    tiles = [
-        configs.persistent_tile(outputs, inputs, 16, 1, 128, target.CHIPS[90])
-        for outputs, inputs in ((2304, 768), (768, 768), (3072, 768), (768, 3072), (50257, 768))
-    ]
-    qkv, out, fc, proj, head = (tile.repeat * tile.unroll for tile in tiles)
-    assert loads == [qkv, 0, out, fc, proj, head, 0]  # attention and the choice have none
-    assert sum(line.startswith(("LDL", "STL")) for line in lines) == 0
