@@ -57,6 +57,12 @@ def results(source: Path) -> list[Row]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def test_a_byte_order_mark_is_no_text(source: Path, run: Any) -> None:
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    assert run(0, 1, Work())
+    assert results(source) == EXPECTED
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 50])
 def test_every_line_once_and_in_order(run: Any, source: Path, world_size: int) -> None:
     works = [Work() for _ in range(world_size)]
