@@ -47,13 +47,15 @@ DECODE = [
     for company in ("float32", "smaller")
     for prompt, new in ((32, 129), (512, 65))
 ]
+_ONE, _EIGHT = ((1, 512, 4), (1, 128, 6), (1, 1024, 3)), ((8, 128, 3), (8, 512, 2), (8, 1024, 2))
 PREFILL = [
     PrefillCase(model, "prefill" if batch == 1 else "batches", batch, prompt, rounds)
-    for model in ("gpt2", "gpt2-medium")
-    for batch, prompt, rounds in (
-        *((1, 512, 4), (1, 128, 6), (1, 1024, 3)),
-        *((8, 128, 3), (8, 512, 2), (8, 1024, 2)),
+    for model, shapes in (
+        *(("gpt2", _ONE), ("gpt2-medium", _ONE)),
+        *(("gpt2", _EIGHT[:2]), ("gpt2-medium", _EIGHT[:2])),
+        *(("gpt2", _EIGHT[2:]), ("gpt2-medium", _EIGHT[2:])),
     )
+    for batch, prompt, rounds in shapes
 ]
 # Compiling takes minutes, so these are for whoever asks for them.
 COMPILED_DECODE = [DecodeCase("gpt2", "compiled", 32, 129)]
