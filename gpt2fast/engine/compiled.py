@@ -292,8 +292,8 @@ def _compile(shape: Shape, folder: Path) -> None:
 def _options() -> dict[str, Any]:
     """Inductor's."""
     options: dict[str, Any] = {
-        # Sums in another order, which is what lets a loop add in vectors.
-        "cpp.enable_unsafe_math_opt_flag": True,
+        # Not the flag for unsafe arithmetic: with it GCC links a start-up file by which the whole
+        # process rounds the smallest numbers to 0.
         "cpp.enable_floating_point_contract_flag": "fast",
         # Work for two threads begins at rows of matrices, not at a row of the width.
         "cpp.min_chunk_size": 2048,

@@ -115,6 +115,13 @@ def test_generates_what_the_weights_say(model, exact):
     assert (logits.amax(1) - chosen).max() < 5e-3 * logits.std()
 
 
+def test_loading_leaves_the_process_its_arithmetic(model):
+    compiled_step(model)
+    smallest = torch.full((64,), 1e-40)
+    assert (smallest * 0.5 > 0).all()
+    assert 5e-324 * 1.0 > 0
+
+
 def test_only_one_sequence_without_drafts_takes_the_step(model, monkeypatch):
     calls: list[int] = []
     run = CompiledStep.__call__
