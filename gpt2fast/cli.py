@@ -141,8 +141,8 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--compile",
         action="store_true",
-        help="with int8 weights on a CPU: compile the decoding steps, which nearly halves their "
-        "time; takes half a minute, once for a model's shape, and a C++ compiler",
+        help="with int8 weights on a CPU: compile the decoding steps, which shortens them by "
+        "up to a third; takes half a minute, once for a model's shape, and a C++ compiler",
     )
     machine.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 

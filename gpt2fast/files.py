@@ -29,9 +29,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def cache_folder(name: str) -> Path:
-    """Where files are kept that can be made again; it may not exist yet."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(base) / "gpt2fast" / name
+    """Where files are kept that can be made again: may begin with ``~``, and not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "gpt2fast", name)
 
 
 def try_lock(file: IO[Any]) -> bool:

@@ -9,15 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt2fast.files import cache_folder
+
 if TYPE_CHECKING:
     from gpt2fast.model import GPT2LMHeadModel
     from gpt2fast.training.trainer import Trainer
 
 _SIZES = ("n_positions", "n_embd", "n_layer", "n_head")
-
-
-def _default_cache() -> str:
-    return os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "gpt2fast", "tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--valid", nargs="+", metavar="FILE", help="the same, for validation")
     data.add_argument(
-        "--cache-dir", default=_default_cache(), help="where token ids are kept (%(default)s)"
+        "--cache-dir",
+        default=str(cache_folder("tokens")),
+        help="where token ids are kept (%(default)s)",
     )
 
     model = parser.add_argument_group("model")
