@@ -35,7 +35,7 @@ from gpt2fast.quantized_layers import QuantizedConv1D, QuantizedHead
 if TYPE_CHECKING:
     from gpt2fast.generation.decoding import LanguageModel
 
-LEAST_PAST = 2  # positions before the token: the compiler takes other lengths for constants
+LEAST = 2  # positions, with the token's own: the compiler takes other lengths for constants
 _FILES = ("layer.pt2", "head.pt2")
 _RECORD = "record.json"
 
@@ -109,10 +109,11 @@ class CompiledStep:
         self._head_weights = [*_norm(model.transformer.ln_f), *_integers(model.lm_head)[:2]]
         self._places = torch.arange(model.config.n_positions, device="cpu")
 
-    def serves(self, past: int) -> bool:
-        """Whether it can evaluate the token at position ``past``."""
-        # Compiled loops have buffers for as many threads as there were.
-        return past >= LEAST_PAST and torch.get_num_threads() == self._threads
+    def serves(self, past: int, capacity: int) -> bool:
+        """Whether it can evaluate the token at position ``past`` of a cache."""
+        # The compiler has assumed that the cache is longer than what is read of it. Compiled loops
+        # have buffers for as many threads as there were.
+        return LEAST <= past + 1 < capacity and torch.get_num_threads() == self._threads
 
     def __call__(self, hidden: Tensor, cache: Tensor, past: int) -> Tensor:
         """Evaluate a token and cache its keys and values.
@@ -125,12 +126,10 @@ class CompiledStep:
         Returns:
             logits ``[V]``.
         """
-        places, layers, fresh = self._places[:past], cache.unbind(0), []
+        places, layers = self._places[: past + 1], cache.unbind(0)
         for i, weights in enumerate(self._weights):
             args = [hidden, places, layers[2 * i], layers[2 * i + 1], *weights]
-            hidden, written = self._layer.boxed_run(args)
-            fresh.append(written)
-        cache[:, :, past] = torch.cat(fresh)
+            hidden = self._layer.boxed_run(args)[0]
         logits: Tensor = self._head.boxed_run([hidden, *self._head_weights])[0]
         return logits
 
@@ -264,9 +263,9 @@ def _compile(shape: Shape, folder: Path) -> None:
 
     layer = compiled_graph.Layer(shape.heads, shape.scale, shape.eps)
     head = compiled_graph.Head(shape.eps)
-    past, capacity = torch.export.Dim("past", min=LEAST_PAST), torch.export.Dim("capacity")
+    count, capacity = torch.export.Dim("count", min=LEAST), torch.export.Dim("capacity")
     fixed: tuple[Any, ...] = (None, (None,) * 2, (None,) * 3)
-    dynamic = (None, {0: past}, {1: capacity}, {1: capacity})
+    dynamic = (None, {0: count}, {1: capacity}, {1: capacity})
     dynamic += tuple(fixed[i] for i in (1, 2, 2, 1, 2, 2))
     tasks = (
         (layer, _layer_example(shape), dynamic, folder / _FILES[0]),
@@ -298,6 +297,8 @@ def _options() -> dict[str, Any]:
         "cpp.enable_floating_point_contract_flag": "fast",
         # Work for two threads begins at rows of matrices, not at a row of the width.
         "cpp.min_chunk_size": 2048,
+        # Allocating what lies between a layer's loops took a twentieth of a step.
+        "aot_inductor.allow_stack_allocation": True,
     }
     if platform.machine() in ("x86_64", "AMD64"):
         # Inductor turns the compiler's own vectors off, as it writes them out where it can.
@@ -364,7 +365,7 @@ def _layer_weights(block: GPT2Block) -> list[Tensor]:
 
 def _layer_example(shape: Shape) -> tuple[Any, ...]:
     """Arguments of `compiled_graph.Layer`, with lengths that it will meet."""
-    width, inner, past, capacity = shape.width, shape.inner, 300, 700
+    width, inner, count, capacity = shape.width, shape.inner, 300, 700
 
     def matrix(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
         integers = torch.randint(-127, 128, (outputs, inputs), generator=source, device="cpu").to(
@@ -379,7 +380,7 @@ def _layer_example(shape: Shape) -> tuple[Any, ...]:
     cached = [random(shape.heads, capacity, shape.head_size) for _ in range(2)]
     return (
         random(width).sub_(0.5),
-        torch.arange(past, device="cpu"),
+        torch.arange(count, device="cpu"),
         *cached,
         (random(width), random(width)),
         matrix(3 * width, width),
@@ -414,9 +415,9 @@ def _measured(model: "LanguageModel", shape: Shape, folder: Path) -> _Record:
         ),
         (_FILES[1], compiled_graph.Head(shape.eps), _head_example(shape)),
     ):
-        expected = module(*args)
-        expected = expected if isinstance(expected, tuple) else (expected,)
-        found = _load(folder / name).boxed_run([*_flat(args)])
+        found = [tensor.clone() for tensor in _flat(args)]  # some are written to
+        found += _load(folder / name).boxed_run([*found])
+        expected = [*_flat(args), module(*args)]
         for ours, right in zip(found, expected, strict=True):
             error = (ours - right).abs().max() / right.abs().max()
             if not error < 1e-3:  # another rounding of an activation is some 1e-4

@@ -172,7 +172,8 @@ class TorchRunner:
                     return
                 lengths = state.lengths.tolist()
                 step, first = self._step, running[0]
-                if step and len(running) == 1 and not drafts and step.serves(lengths[first]):
+                alone = len(running) == 1 and not drafts
+                if step and alone and step.serves(lengths[first], self.capacity):
                     logits = self._one(step, first, lengths[first])
                 else:
                     pieces = [(s, lengths[s], lengths[s] + 1 + drafts) for s in running]

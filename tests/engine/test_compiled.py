@@ -91,7 +91,7 @@ def test_logits_and_caches_are_those_of_float64(model, exact, capacity):
     ids = torch.randint(config.vocab_size, (300,), generator=torch.Generator().manual_seed(0))
     out = exact(ids[None])
     past = torch.cat([layer[:, 0] for layer in out.past_key_values]).float()  # [2 L, H, T, D]
-    for position in (2, 3, 8, 64, 299):
+    for position in (1, 2, 8, 64, 299):
         cache = torch.full((len(past), config.n_head, capacity, config.head_size), torch.nan)
         cache[:, :, :position] = past[:, :, :position]
         logits = step(embedded(model, int(ids[position]), position), cache, position)
@@ -150,15 +150,27 @@ def test_only_one_sequence_without_drafts_takes_the_step(model, monkeypatch):
     assert lookups < len(calls) == 7
     calls.clear()
     model.generate([[5]], max_new_tokens=4, **GREEDY)
-    assert calls == [2, 3]  # shorter pasts are left to the other way
+    assert calls == [1, 2, 3]
+
+
+def test_the_last_position_of_a_full_cache_is_evaluated_too(model):
+    with Engine(model, slots=1, capacity=len(PROMPT) + 6) as engine:
+        runner: Any = engine._runner
+        assert runner._step.serves(len(PROMPT) + 4, engine.capacity)
+        assert not runner._step.serves(len(PROMPT) + 5, engine.capacity)
+        full = engine.submit(PROMPT, max_new_tokens=20)
+        while engine.unfinished:
+            engine.step()
+    assert full.finish_reason == "context"
+    assert full.token_ids == model.generate([PROMPT], max_new_tokens=7, **GREEDY)[0, 8:].tolist()
 
 
 def test_other_numbers_of_threads_go_the_other_way(model):
     step = compiled_step(model)
-    assert step.serves(8)
+    assert step.serves(8, 64)
     torch.set_num_threads(1)
     try:
-        assert not step.serves(8)
+        assert not step.serves(8, 64)
         assert model.generate([PROMPT], max_new_tokens=3, **GREEDY).shape == (1, len(PROMPT) + 3)
         assert compiled.step_of(model) is None  # none was built for one thread
     finally:
