@@ -5,6 +5,10 @@ packed, so an engine on a CPU costs no second copy of the weights. What differs 
 Where the CPU has no 16-bit matrix products, PyTorch's are one to two orders of magnitude slower
 than its float32 ones. There activations are float32, and 16-bit weights are cast on the way: one
 matrix at a time, into a buffer that all layers share.
+
+Products of few rows should cost what reading the weights costs, which PyTorch's own choice of a
+library is often far from in float32. Which op is near it differs between processors, with their
+threads and with the rows: it is measured, on small matrices, when it is first needed.
 """
 
 from abc import ABC, abstractmethod
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
 _HEAD_ROWS = 3072  # of a head that is cast piece by piece
 _DIRECT_HEAD_ROWS = 2  # of hidden states, up to which a 16-bit head is read as it is
 
+# What is measured, for as many rows and those fewer. With more than the last of them arithmetic
+# decides, not the weights: layers multiply as PyTorch does, heads as with the last.
+_MEASURED_ROWS = (1, 4, 16)
+
 
 class Linear(ABC):
     """``x W + b`` of x ``[M, K]``, for one matrix W ``[K, N]``."""
@@ -47,32 +55,24 @@ class _Plain(Linear):
         self._weight, self._bias = weight, bias
         narrow = weight.device.type == "cpu" and weight.dtype != torch.float32
         self._by_columns = narrow and _columns_are_faster(weight.dtype)
-        self._divisible = _is_divisible(weight)
+        self._divisible = _is_dense_float32(weight)
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
-        if len(x) == 1:
-            if self._by_columns:
-                torch.addmv(self._bias, self._weight.t(), x[0], out=out[0])
-                return out
-            if self._divisible and (parts := _parts(torch.get_num_threads(), x.shape[1])) > 1:
-                return torch.add(self._in_parts(x, parts), self._bias, out=out)
+        if self._by_columns and len(x) == 1:
+            torch.addmv(self._bias, self._weight.t(), x[0], out=out[0])
+            return out
+        if self._divisible and (parts := _parts(*x.shape)) > 1:
+            return torch.add(_in_parts(x, self._weight, parts), self._bias, out=out)
         return torch.addmm(self._bias, x, self._weight, out=out)
 
     def accumulate(self, x: Tensor, total: Tensor) -> None:
         total.add_(self._bias)
-        if len(x) == 1:
-            if self._by_columns:
-                total[0].addmv_(self._weight.t(), x[0])
-                return
-            if self._divisible and (parts := _parts(torch.get_num_threads(), x.shape[1])) > 1:
-                total.add_(self._in_parts(x, parts))
-                return
-        total.addmm_(x, self._weight)
-
-    def _in_parts(self, x: Tensor, parts: int) -> Tensor:
-        """``x W`` of one row, ``[1, N]``: each thread multiplies with rows of W of its own."""
-        weight = self._weight.view(parts, -1, self._weight.shape[1])
-        return torch.bmm(x.reshape(parts, 1, -1), weight).sum(0)
+        if self._by_columns and len(x) == 1:
+            total[0].addmv_(self._weight.t(), x[0])
+        elif self._divisible and (parts := _parts(*x.shape)) > 1:
+            total.add_(_in_parts(x, self._weight, parts))
+        else:
+            total.addmm_(x, self._weight)
 
 
 class _LowBit(Linear):
@@ -120,34 +120,20 @@ class _Head:
     def __init__(self, weight: Tensor, buffer: "_Buffer | None") -> None:
         self._weight, self._buffer = weight, buffer
         self._rows = min(len(weight), _HEAD_ROWS)
-        self._divisible = buffer is None and _is_divisible(weight)
+        self._float32 = _is_dense_float32(weight)
         if buffer is not None:
             buffer.reserve(self._rows * weight.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self._weight
-        if self._divisible and len(x) == 1:
-            parts = _parts(torch.get_num_threads(), 0)
-            if parts > 1:
-                return self._in_parts(x, parts)
+        if self._float32 and _takes_onednn(len(x)):
+            return _onednn(x, weight)
         if self._buffer is None or len(x) <= _DIRECT_HEAD_ROWS:
             return F.linear(x.to(weight.dtype), weight).float()
         logits = x.new_empty(len(x), len(weight))
         pieces = weight.split(self._rows), logits.split(self._rows, 1)
         for part, out in zip(*pieces, strict=True):
             torch.mm(x, self._buffer.cast(part).t(), out=out)
-        return logits
-
-    def _in_parts(self, x: Tensor, parts: int) -> Tensor:
-        """Of one row: each thread multiplies with entries of the vocabulary of its own."""
-        vocab_size, width = self._weight.shape
-        share = vocab_size // parts
-        logits = x.new_empty(1, vocab_size)
-        even = logits[0, : parts * share].view(parts, 1, share)
-        weight = self._weight[: parts * share].view(parts, share, width).transpose(1, 2)
-        torch.bmm(x.expand(parts, 1, width), weight, out=even)
-        if parts * share < vocab_size:
-            torch.mm(x, self._weight[parts * share :].t(), out=logits[:, parts * share :])
         return logits
 
 
@@ -215,55 +201,104 @@ def _columns_are_faster(dtype: torch.dtype) -> bool:
     weight = torch.ones(512, 2048, dtype=dtype)
     x, bias = weight[:1, :512].contiguous(), weight[0]
 
-    with torch.inference_mode():
-        columns = _seconds(lambda: torch.addmv(bias, weight.t(), x[0]))
-        return 1.3 * columns < _seconds(lambda: torch.addmm(bias, x, weight))
+    return _is_faster(
+        lambda weight: torch.addmv(bias, weight.t(), x[0]),
+        lambda weight: torch.addmm(bias, x, weight),
+        weight[None],
+        1.3,
+    )
 
 
-def _is_divisible(weight: Tensor) -> bool:
-    """Whether a weight's rows may be multiplied apart."""
+def _is_dense_float32(weight: Tensor) -> bool:
+    """Whether there is more than one op for products of a weight, as it lies."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
-def _parts(threads: int, inputs: int) -> int:
-    """In how many parts to multiply one float32 row, so that each thread has one; 1 for whole.
+def _measured_rows(rows: int) -> int:
+    return next((few for few in _MEASURED_ROWS if rows <= few), _MEASURED_ROWS[-1])
 
-    Args:
-        threads: those of PyTorch.
-        inputs: they are divided evenly; 0 where something else is.
-    """
-    if threads == 1 or not _parts_are_faster(threads):
+
+def _parts(rows: int, inputs: int) -> int:
+    """In how many parts of its ``inputs`` to multiply, so that each thread has one; 1 for whole."""
+    threads = torch.get_num_threads()
+    if threads == 1 or not 0 < rows <= _MEASURED_ROWS[-1]:
+        return 1
+    if not _parts_are_faster(threads, _measured_rows(rows)):
         return 1
     return next(n for n in range(threads, 0, -1) if inputs % n == 0)
 
 
+def _in_parts(x: Tensor, weight: Tensor, parts: int) -> Tensor:
+    """``x W`` ``[M, N]``: each thread multiplies with rows of W of its own."""
+    rows, inputs = x.shape
+    x = x.view(rows, parts, inputs // parts).transpose(0, 1)
+    return torch.bmm(x, weight.view(parts, inputs // parts, -1)).sum(0)
+
+
 @cache
-def _parts_are_faster(threads: int) -> bool:
-    """Whether a product of one row, which some libraries leave to one thread, is faster in parts.
+def _parts_are_faster(threads: int, rows: int) -> bool:
+    """Whether a product of few rows, which libraries leave to one thread or to ops made for many
+    rows, is faster in parts: with a number of threads, in the process."""
+    weights = _weights(rows)
+    x = weights[0, :rows, :1024]
+    parts = max(n for n in range(1, threads + 1) if x.shape[1] % n == 0)
+    return parts > 1 and _is_faster(
+        lambda weight: _in_parts(x, weight, parts), lambda weight: torch.mm(x, weight), weights
+    )
 
-    Measured, in milliseconds, once for a number of threads.
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` by the library that `F.linear` does not ask in float32, on W ``[V, C]`` unpacked.
+
+    It takes bfloat16 inside where `F.linear` does: if `torch.set_float32_matmul_precision` says so.
     """
-    weight = torch.ones(4, 1024, 2048, dtype=torch.float32)  # more than a core keeps in its caches
-    x = weight[0, :1, :1024].contiguous()
-    parts = max(n for n in range(1, threads + 1) if 1024 % n == 0)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
 
-    def whole() -> None:
-        for matrix in weight:
-            torch.mm(x, matrix)
 
-    def apart() -> None:
-        for matrix in weight:
-            torch.bmm(x.view(parts, 1, -1), matrix.view(parts, -1, 2048)).sum(0)
+def _takes_onednn(rows: int) -> bool:
+    """Whether a float32 head multiplies so many rows by oneDNN."""
+    enabled = bool(torch.backends.mkldnn.enabled)
+    return enabled and _onednn_is_faster(torch.get_num_threads(), _measured_rows(rows))
 
+
+@cache
+def _onednn_is_faster(threads: int, rows: int) -> bool:
+    """Whether a head of few rows is faster by oneDNN: with a number of threads, in the process."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # PyTorch was built without it
+        return False
+    weights = _weights(rows).view(-1, 2048, 1024)
+    x = weights[0, :rows]
+    return _is_faster(
+        lambda weight: _onednn(x, weight), lambda weight: F.linear(x, weight), weights
+    )
+
+
+def _weights(rows: int) -> Tensor:
+    """Matrices to measure products of few rows with.
+
+    One row costs what memory does: these are more than a core keeps in its caches. With more rows
+    one matrix shows how an op goes through it.
+    """
+    return torch.ones(2 if rows == 1 else 1, 1024, 2048, dtype=torch.float32)
+
+
+def _is_faster(
+    op: Callable[[Tensor], object],
+    than: Callable[[Tensor], object],
+    weights: Tensor,
+    times: float = 1.1,
+) -> bool:
+    """Whether ``op`` is so many times as fast, by the shortest of a few runs on each weight.
+
+    Runs are short and timed one by one: where others use the processor too, some are undisturbed.
+    """
+    shortest = {run: [float("inf")] * len(weights) for run in (op, than)}
     with torch.inference_mode():
-        return parts > 1 and 1.15 * _seconds(apart) < _seconds(whole)
-
-
-def _seconds(op: Callable[[], object]) -> float:
-    """The shortest of a few runs."""
-    times = []
-    for _ in range(8):
-        start = perf_counter()
-        op()
-        times.append(perf_counter() - start)
-    return min(times)
+        for _ in range(4):
+            for run, seconds in shortest.items():
+                for i, weight in enumerate(weights):
+                    start = perf_counter()
+                    run(weight)
+                    seconds[i] = min(seconds[i], perf_counter() - start)
+    return times * sum(shortest[op]) < sum(shortest[than])

@@ -288,30 +288,3 @@ def test_the_model_is_not_kept_alive():
     assert fc._weight.data_ptr() == weights
     runner.close()
     assert runner._cache.numel() == 0
-
-
-@pytest.mark.parametrize("threads", [2, 3])
-def test_one_row_in_parts_of_the_threads(model, monkeypatch, threads):
-    """Where the number of threads divides a matrix, the vocabulary, or neither."""
-    ids = prompt(5)
-    expected = plain(model, ids, 12)
-    multiplied = []
-    monkeypatch.setattr(cpu_linear, "_parts_are_faster", lambda _: True)
-    for kind in (cpu_linear._Plain, cpu_linear._Head):
-        in_parts = kind._in_parts
-
-        def recorded(self, x, parts, in_parts=in_parts):
-            multiplied.append(parts)
-            return in_parts(self, x, parts)
-
-        monkeypatch.setattr(kind, "_in_parts", recorded)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        runner = runner_of(model)
-        start(runner, 1, ids, 12)
-        finish(runner, [1])
-    finally:
-        torch.set_num_threads(before)
-    assert tokens(runner, 1) == expected
-    assert threads in multiplied
