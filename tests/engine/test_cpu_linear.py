@@ -144,14 +144,15 @@ def test_the_faster_is_faster(monkeypatch):
         def op(weight: Tensor) -> None:
             nonlocal now, runs
             runs += 1
-            now += seconds + (100 if runs % 4 else 0)  # most are disturbed
+            now += seconds + (100 if runs % 8 else 0)  # most are disturbed
 
         return op
 
     weights = torch.ones(3, 2, 2)
     assert cpu_linear._is_faster(takes(1), takes(1.2), weights)
     assert not cpu_linear._is_faster(takes(1), takes(1.2), weights, 1.3)
-    assert not cpu_linear._is_faster(takes(1), takes(1.05), weights)
+    assert cpu_linear._is_faster(takes(1), takes(1.05), weights)
+    assert not cpu_linear._is_faster(takes(1.05), takes(1), weights)
     assert not cpu_linear._is_faster(takes(2), takes(1), weights)
 
 
