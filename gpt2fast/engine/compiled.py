@@ -297,7 +297,7 @@ def _options() -> dict[str, Any]:
         "cpp.enable_floating_point_contract_flag": "fast",
         # Work for two threads begins at rows of matrices, not at a row of the width.
         "cpp.min_chunk_size": 2048,
-        # Allocating what lies between a layer's loops took a twentieth of a step.
+        # Allocating what lies between a layer's loops took a twentieth of its time.
         "aot_inductor.allow_stack_allocation": True,
     }
     if platform.machine() in ("x86_64", "AMD64"):
