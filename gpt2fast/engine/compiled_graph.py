@@ -112,7 +112,7 @@ def _normed(x: Tensor, norm: tuple[Tensor, Tensor], eps: float) -> Tensor:
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """``x / 2 (1 + tanh u)``, as ``x sigmoid(2 u)``: vectors of exp take less than those of tanh."""
+    """``x / 2 (1 + tanh u)``, as ``x sigmoid(2 u)``: exp takes less time than tanh."""
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
