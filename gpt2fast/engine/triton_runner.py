@@ -119,7 +119,7 @@ class TritonRunner:
         self._buffers: dict[tuple[int, int], StepBuffers] = {}
         self._tables: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._prompt: PromptPass | None = None
-        self._resident: dict[tuple[int, int, bool, int, int], StepBuffers] = {}
+        self._resident: dict[tuple[int, bool, int, int], StepBuffers] = {}
         self._trusted = True  # the persistent kernel, until it is seen to err
         with self.working():
             self._build(model, bits, cache_dtype)
@@ -214,6 +214,8 @@ class TritonRunner:
         a_slot = drafts + 1
         if a_slot > BUCKETS[-1]:
             raise ValueError(f"at most {BUCKETS[-1] - 1} drafts; got {drafts}")
+        if steps < 1:  # else what serves such a context would be compiled for nothing
+            return
         keys = context + steps * a_slot if context else self.capacity
         together = BUCKETS[-1] // a_slot
         ngram = min(ngram, _LONGEST_NGRAM)
@@ -261,9 +263,10 @@ class TritonRunner:
         # Where tokens are chosen by their logits it is two launches a step, on the host's time.
         if automatic and (self._device.type == "cpu" or not self._trusted or not plain):
             return None
-        key = buffers.rows, buffers.splits, plain, drafts, ngram  # each a kernel of its own
+        key = buffers.rows, plain, drafts, ngram  # each a kernel of its own
         if key not in self._resident:
-            made = self._made(lambda: decode_step.persistent_buffers(buffers))
+            own = self._step_buffers(buffers.rows, self._persistent_splits(buffers.rows))
+            made = self._made(lambda: decode_step.persistent_buffers(own))
             if automatic and not self._agrees(buffers, made, plain, drafts, ngram):
                 return None
             self._resident[key] = made
@@ -305,8 +308,11 @@ class TritonRunner:
         unused = size - len(slots)
         table = (*slots, *[-1] * unused), (*offsets, *[0] * unused)
         if self._tables.get(size) != table:
-            for target, values in zip((buffers.slots, buffers.offsets), table, strict=True):
-                target.copy_(torch.tensor(values, dtype=torch.int32))
+            # From pinned memory: any other copy would wait for all that was issued before.
+            pinned = self._device.type == "cuda"
+            values = torch.tensor(table, dtype=torch.int32, pin_memory=pinned)
+            buffers.slots.copy_(values[0], non_blocking=True)
+            buffers.offsets.copy_(values[1], non_blocking=True)
             self._tables[size] = table
         return buffers
 
@@ -323,6 +329,15 @@ class TritonRunner:
         return engine_splits(
             rows, shape[3], min(bucket, self.capacity), shape[5], current_target(self._device)
         )
+
+    def _persistent_splits(self, rows: int) -> int:
+        """Of the keys in the persistent kernel, whatever the context."""
+        from gpt2fast.kernels._triton.engine.configs import persistent_splits
+        from gpt2fast.kernels._triton.engine.persistent import persistent_programs
+
+        positions, head_size = self.weights.wpe.shape[0], self._cache.shape[5]
+        programs = persistent_programs(self._device)
+        return persistent_splits(rows, self._cache.shape[3], positions, head_size, programs)
 
     def _step_buffers(self, rows: int, splits: int) -> StepBuffers:
         """Those of a bucket; all but what the splits leave is one for all numbers of splits."""

@@ -138,6 +138,25 @@ def test_persistent_kernel() -> None:
     assert tokens(runner, 0) == plain(model, ids, 4)
 
 
+def test_no_steps_need_nothing() -> None:
+    """Not even what serves their context."""
+    runner = TritonRunner(tiny(n_layer=1), 1, POSITIONS, driver="persistent")
+    runner.advance([0], 0, plain=True, context=2)
+    assert not runner._buffers
+    assert not runner._resident
+
+
+def test_one_persistent_kernel_serves_all_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, splits = TritonRunner(tiny(n_layer=1), 1, POSITIONS, driver="persistent"), []
+    monkeypatch.setattr(runner, "_splits", lambda rows, keys: 1 + keys // 16)
+    monkeypatch.setattr(
+        decode_step, "decode_persistent", lambda *args, **_: splits.append(args[3].splits)
+    )
+    for context in (2, 20, 40):
+        runner.advance([0], 3, plain=True, context=context)
+    assert splits == splits[:1] * 3
+
+
 def test_matches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, asked = TritonRunner(tiny(n_layer=1), 1, POSITIONS), []
     start(runner, 0, prompt(2), 9)

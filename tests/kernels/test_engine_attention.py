@@ -243,3 +243,11 @@ def test_splits_fill_the_chip_within_what_a_projection_merges() -> None:
     assert configs.engine_splits(64, 12, 1024, 64, chip) == 1
     for rows in (1, 2, 4, 8, 64):
         assert configs.engine_splits(rows, 12, 8192, 64, chip) <= 16
+
+
+def test_splits_of_the_persistent_kernel() -> None:
+    """No program has a second item where one is enough, and none walks further than it has to."""
+    splits = {rows: configs.persistent_splits(rows, 12, 1024, 64, 128) for rows in (1, 2, 4)}
+    assert splits == {1: 10, 2: 5, 4: 8}
+    assert configs.persistent_splits(1, 25, 1024, 64, 128) == 5
+    assert configs.persistent_splits(1, 12, 64, 64, 128) == 1

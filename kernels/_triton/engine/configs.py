@@ -135,6 +135,25 @@ def persistent_tile(
     return DecodeRowsTile(PERSISTENT_WARPS, *best[1:], programs=1)
 
 
+def persistent_splits(rows: int, heads: int, positions: int, head_size: int, programs: int) -> int:
+    """Into how many parts the persistent kernel splits each row's attention.
+
+    One number for all contexts: each is a kernel of its own, which takes seconds to compile. That
+    for which the program that has most to do walks over the fewest tiles of keys, at the longest
+    context and at a half and a quarter of it; splits without keys end at once. The larger of
+    equals, which serves the contexts in between. Predicted.
+    """
+    block = engine_attention(2, head_size).block_s
+    contexts = [-(-positions // (part * block)) for part in (1, 2, 4)]
+    most = min(32 // rows, 16, contexts[0])
+
+    def walked(splits: int) -> int:
+        items = -(-rows * heads * splits // programs)
+        return items * sum(-(-tiles // splits) for tiles in contexts)
+
+    return min(range(most, 0, -1), key=walked)
+
+
 @dataclass(frozen=True)
 class DecodeTile:
     """Of ``engine/tiles.py``: outputs, inputs a step, warps, stages."""
