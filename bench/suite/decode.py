@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.suite import decode_peers
 from bench.suite.decode_peers import Generate
-from bench.suite.measure import paired_ratios, quantiles
+from bench.suite.decode_times import Steps, step_times, summary, whole_times
 from gpt2fast import kernels
 from gpt2fast.engine.float8 import FLOAT8, check_device, to_float8
 from gpt2fast.engine.runner import OutOfMemory
@@ -31,8 +31,6 @@ from gpt2fast.kernels.packing import DecodeWeights, Matrix, dequantize
 from tests.tolerances import BUDGET
 
 NEW_TOKENS = 64
-ROUNDS = 7  # at most; as many as fit into the time of a case, and two at least
-SECONDS = 12.0  # for the rounds of a case
 _SILENCE, _SILENCE_COMPILING = 60.0, 240.0  # how long nothing may be heard
 _JUDGED_ROWS = 4  # of a batch, that are held against the float32 model
 
@@ -42,11 +40,15 @@ GENERATE = "generate"
 EAGER, TUNED, STATIC, LOOP = "transformers", "transformers tuned", "transformers static", "loop"
 ENGINES = (OURS, PERSISTENT, INT8, INT4, FP8, GENERATE)
 _ALONE = (OURS, PERSISTENT, INT8, INT4, GENERATE)  # of one row; the cache is little to read there
-ALL = (*_ALONE, LOOP, EAGER, TUNED, STATIC)
-QUICK = (*_ALONE, LOOP, EAGER)  # without what takes a minute to compile
+# Those last that compile for long: whoever comes when no time is left is not measured.
+ALL = (*_ALONE, EAGER, TUNED, LOOP, STATIC)
+QUICK = (*_ALONE, EAGER, LOOP)  # without what takes a minute to compile
 # Of several rows: the persistent kernel serves few, and each contender has a cache of its own.
-ALL_ROWS = (OURS, INT8, FP8, GENERATE, LOOP, EAGER, TUNED, STATIC)
-QUICK_ROWS = (OURS, INT8, FP8, GENERATE, LOOP, EAGER)
+ALL_ROWS = (OURS, INT8, FP8, GENERATE, EAGER, TUNED, LOOP, STATIC)
+QUICK_ROWS = (OURS, INT8, FP8, GENERATE, EAGER, LOOP)
+# Seconds that must be left for a contender to begin: what compiling takes, and the rounds.
+_NEEDS = {LOOP: 25.0, STATIC: 20.0}
+_NEEDS_OTHERS = 4.0
 
 Say = Callable[[str, float], None]
 
@@ -111,16 +113,27 @@ def engine_generate(runner: TritonRunner) -> Generate:
 
     def generate(ids: Tensor, new_tokens: int) -> Tensor:
         batch, length = ids.shape
-        state, slots = runner.state, range(batch)
+        steps = engine_steps(runner, ids, new_tokens)
+        steps.prepare()
+        steps.advance(new_tokens - 1)
+        return runner.state.tokens[:batch, length : length + new_tokens].clone()
+
+    return generate
+
+
+def engine_steps(runner: TritonRunner, ids: Tensor, new_tokens: int) -> Steps:
+    """The two parts of `engine_generate`."""
+    (batch, length), state = ids.shape, runner.state
+    slots = range(batch)
+
+    def prepare() -> None:
         state.tokens[:batch, :length] = ids
         state.limits.fill_(length + new_tokens)
         state.status[:batch] = RUNNING
         for slot in slots:
             runner.prefill(slot, 0, length)
-        runner.advance(slots, new_tokens - 1, plain=True, context=length)
-        return state.tokens[:batch, length : length + new_tokens].clone()
 
-    return generate
+    return Steps(prepare, partial(runner.advance, slots, plain=True, context=length))
 
 
 def rounded_model(model: Any, bits: int | None) -> Any:
@@ -192,9 +205,15 @@ class _Contest:
     """The contenders of one case."""
 
     def __init__(
-        self, case: DecodeCase, device: torch.device, say: Say, without: dict[str, str], dry: bool
+        self,
+        case: DecodeCase,
+        device: torch.device,
+        say: Say,
+        without: dict[str, str],
+        dry: bool,
+        deadline: float = float("inf"),
     ) -> None:
-        self._case, self._say, self._dry = case, say, dry
+        self._case, self._say, self._dry, self._deadline = case, say, dry, deadline
         dtype = torch.float32 if dry else torch.bfloat16
         self.model = decode_peers.random_model(case.model, dict(case.sizes), dtype, device)
         vocab = self.model.config.vocab_size
@@ -206,12 +225,15 @@ class _Contest:
         # By what is rounded the float32 model and the contender's: one pair at a time.
         self._exact: dict[tuple[int | None, bool], tuple[Any, Any]] = {}
         self._runners: dict[str, TritonRunner] = {}
+        self._steps: dict[str, Steps] = {}
         for name in case.contenders:
             if name in without:
                 kind = "wrong" if name in ENGINES else "not measured"
                 self.reports[name][kind] = without[name]
             elif name == FP8 and (reason := _no_float8(device)) is not None:
                 self.reports[name]["not measured"] = reason
+            elif name != OURS and time.time() + _NEEDS.get(name, _NEEDS_OTHERS) > deadline:
+                self.reports[name]["not measured"] = "no time was left"
             else:
                 self._prepare(name)
         self._exact.clear()
@@ -228,7 +250,10 @@ class _Contest:
                 report["driver"] = self._runners[name].served_by
             report |= self._judged(name, chosen)
             if not self._dry:
-                generate(self.ids, self.new)  # what comes twice is recorded in a graph
+                # What comes twice is recorded in a graph; nothing is to be compiled in the rounds.
+                for new in (self.new, 1, 1, self.new):
+                    generate(self.ids, new).tolist()  # and is done
+                report["warm_s"] = time.perf_counter() - begin
         except Exception as error:
             no_room = isinstance(error, OutOfMemory | torch.OutOfMemoryError)
             kind = "wrong" if name in ENGINES and not no_room else "not measured"
@@ -244,7 +269,9 @@ class _Contest:
             return decode_peers.our_generate(model)
         if name == LOOP:
             context = case.context + self.new
-            return decode_peers.CompiledLoop(model, case.batch, context, self._dry).generate
+            loop = decode_peers.CompiledLoop(model, case.batch, context, self._dry)
+            self._steps[name] = Steps(partial(loop.prefill, self.ids), loop.advance)
+            return loop.generate
         if name in (EAGER, TUNED, STATIC):
             activation = "gelu_pytorch_tanh" if name == TUNED else "gelu_new"
             theirs = decode_peers.transformers_model(model, activation)
@@ -263,6 +290,7 @@ class _Contest:
         context = case.context + self.new / 2
         element = 1 if name == FP8 else model.dtype.itemsize
         self.bytes[name] = step_bytes(runner.weights, case.batch, context, element)
+        self._steps[name] = engine_steps(runner, self.ids, self.new)
         return engine_generate(runner)
 
     def _judged(self, name: str, chosen: Tensor) -> dict[str, Any]:
@@ -284,22 +312,15 @@ class _Contest:
         return report
 
     def times(self) -> dict[str, dict[str, list[float]]]:
-        """Seconds by contender: of "all" tokens, of the "first", and of a "token" between."""
-        samples = {name: {"all": [], "first": [], "token": []} for name in self.ready}
-        begin = time.perf_counter()
-        for done in range(ROUNDS):
-            spent = time.perf_counter() - begin
-            if done >= (1 if self._dry else 2) and spent * (done + 1) / done > SECONDS:
-                break
-            for name, generate in self.ready.items():
-                self._say(f"timing {name}", _SILENCE)
-                first = _seconds(partial(generate, self.ids, 1))
-                whole = _seconds(partial(generate, self.ids, self.new))
-                samples[name]["all"].append(whole)
-                samples[name]["first"].append(first)
-                samples[name]["token"].append(max(whole - first, 1e-9) / (self.new - 1))
-            if self._dry:
-                break
+        """Seconds by contender: those of `whole_times`, and of `step_times` where there are any."""
+
+        def begun(name: str) -> None:
+            self._say(f"timing {name}", _SILENCE)
+
+        samples = whole_times(self.ready, self.ids, self.new, begun, self._dry, self._deadline)
+        for name in filter(self._steps.__contains__, self.ready):
+            begun(f"steps of {name}")
+            samples[name] |= step_times(self._steps[name], self.new, self._dry)
         return samples
 
     def close(self) -> None:
@@ -319,16 +340,13 @@ def _no_float8(device: torch.device) -> str | None:
     return None
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure_decode(
-    case: DecodeCase, device: torch.device, say: Say, without: dict[str, str], dry_run: bool
+    case: DecodeCase,
+    device: torch.device,
+    say: Say,
+    without: dict[str, str],
+    dry_run: bool,
+    deadline: float = float("inf"),
 ) -> dict[str, Any]:
     """The record of one case.
 
@@ -336,24 +354,16 @@ def measure_decode(
         say: told what comes next, and how long at most until it is told again.
         without: contenders that broke an earlier attempt, with the reason.
         dry_run: compile nothing, time once.
+        deadline: in the time of ``time.time``: who cannot be ready by then is left out.
     """
     say("model", _SILENCE)
     torch._dynamo.reset()
     torch.manual_seed(0)
-    contest = _Contest(case, device, say, without, dry_run)
+    contest = _Contest(case, device, say, without, dry_run, deadline)
     try:
         samples = contest.times()
     finally:
         contest.close()
-    times: dict[str, Any] = {}
-    for name, kinds in samples.items():
-        times[name] = {kind: quantiles(values) for kind, values in kinds.items()}
-        if name != OURS and OURS in samples:
-            for kind in ("all", "token"):
-                ratio = paired_ratios(samples[OURS][kind], kinds[kind])
-                times[name][f"{kind}_ratio"] = ratio
-        if name in contest.bytes:
-            times[name]["bytes"] = contest.bytes[name]
     wrong = [name for name in ENGINES if "wrong" in contest.reports.get(name, {})]
     return {
         "case": case.name,
@@ -365,5 +375,5 @@ def measure_decode(
         "status": "failed" if wrong else "measured",
         **({"reason": f"{wrong[0]}: {contest.reports[wrong[0]]['wrong']}"} if wrong else {}),
         "providers": contest.reports,
-        "times": times,
+        "times": summary(samples, OURS, contest.bytes),
     }

@@ -180,7 +180,8 @@ class CompiledLoop:
         self._chosen.index_copy_(1, self._position, self._tokens[:, None])
 
     @torch.no_grad()
-    def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
+    def prefill(self, ids: Tensor) -> None:
+        """Evaluate the prompts and choose the first token behind each."""
         length = ids.shape[1]
         out = self._body(ids, use_cache=True)
         for (key, value), past in zip(self._cache, out.past_key_values, strict=True):
@@ -188,8 +189,16 @@ class CompiledLoop:
         self._tokens.copy_(_choose(out.last_hidden_state[:, -1], self._head))
         self._position.fill_(length)
         self._chosen[:, length] = self._tokens
-        for _ in range(new_tokens - 1):
+
+    @torch.no_grad()
+    def advance(self, steps: int) -> None:
+        for _ in range(steps):
             self._replay()
+
+    def generate(self, ids: Tensor, new_tokens: int) -> Tensor:
+        length = ids.shape[1]
+        self.prefill(ids)
+        self.advance(new_tokens - 1)
         return self._chosen[:, length : length + new_tokens].clone()
 
 

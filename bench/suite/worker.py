@@ -91,7 +91,8 @@ class _Worker:
 
         def measure(case: DecodeCase) -> dict[str, Any]:
             without = self._job["without"].get(case.name, {})
-            return measure_decode(case, self._device, self.say, without, self._dry_run)
+            deadline = float("inf") if self._dry_run else self._job["deadline"]
+            return measure_decode(case, self._device, self.say, without, self._dry_run, deadline)
 
         self._measure(decode_cases(self._scale), measure)
 

@@ -1,10 +1,13 @@
 """The decode ladder: which cases there are, and that no wrong token is timed."""
 
+import math
+import time
+
 import pytest
 import torch
 from torch import Tensor
 
-from bench.suite import decode, decode_peers
+from bench.suite import decode, decode_peers, decode_report, decode_times
 from bench.suite.decode import FP8, GENERATE, INT8, LOOP, OURS, DecodeCase, decode_cases
 from gpt2fast.engine.runner import OutOfMemory
 
@@ -92,3 +95,43 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert contest.reports[INT8] == {"not measured": "OutOfMemory: no memory"}
     assert contest.reports[LOOP] == {"not measured": "exit status 11"}
     assert said == [f"provider {name}" for name in (OURS, INT8, GENERATE)]
+
+
+def test_whoever_comes_too_late_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for ours, which the others are compared with."""
+
+    def built(contest: decode._Contest, name: str) -> decode_peers.Generate:
+        return decode_peers.our_generate(contest.model)
+
+    monkeypatch.setattr(decode._Contest, "_built", built)
+    case = DecodeCase("tiny", 1, 5, (OURS, GENERATE, LOOP), SIZES, 3)
+    for left, measured in (
+        (-1.0, {OURS}),
+        (12.0, {OURS, GENERATE}),
+        (99.0, {OURS, GENERATE, LOOP}),
+    ):
+        deadline = time.time() + left
+        contest = decode._Contest(case, CPU, lambda *_: None, {}, True, deadline)
+        assert set(contest.ready) == measured
+        for name in {GENERATE, LOOP} - measured:
+            assert contest.reports[name] == {"not measured": "no time was left"}
+
+
+def test_a_first_token_that_takes_as_long_as_all_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([3.0, 2.0, 1.0, 2.0, 1.0, 4.0, 1.0, 2.0])  # first and whole, in turn
+    monkeypatch.setattr(decode_times, "_seconds", lambda call: next(clock))
+    monkeypatch.setattr(decode_times, "ROUNDS", 2)
+    ready = dict.fromkeys((OURS, LOOP), lambda ids, new: ids)
+    ids = torch.zeros(1, 1)
+    samples = decode_times.whole_times(ready, ids, 5, lambda name: None, False, math.inf)
+    times = decode_times.summary(samples, OURS, {OURS: 8})
+    assert times[OURS]["token"]["samples"] == 1
+    assert times[OURS]["token"]["p50"] == 0.75
+    assert times[OURS]["noisy_rounds"] == 1
+    assert times[LOOP]["token_ratio"]["p50"] == pytest.approx(1 / 3)
+    assert times[LOOP]["all_ratio"]["samples"] == 2
+    samples[OURS]["token"] = [math.nan, math.nan]
+    times = decode_times.summary(samples, OURS, {OURS: 8})
+    case = {"case": "c", "times": times, "providers": times}
+    decode_report.add_rates(case, None)
+    assert decode_report.rows([case]) == ["| c | graph noise, loop 250000 | loop noise, 0.50 | - |"]
