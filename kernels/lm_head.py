@@ -183,7 +183,7 @@ def _fwd_bwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty(hidden.shape[0], dtype=torch.float32),
-        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        hidden.new_empty(hidden.shape if needs_hidden else 0, dtype=torch.float32),
         weight.new_empty(weight.shape if needs_weight else 0, dtype=torch.float32),
     )
 

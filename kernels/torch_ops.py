@@ -113,6 +113,17 @@ def expand_key_mask(key_mask: Tensor, query_length: int) -> Tensor:
     return mask
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied where CUDA's kernels would fault on its address.
+
+    PyTorch's memory-efficient attention reads 16 bytes at once if the strides allow it, and does
+    not look where the tensor begins.
+    """
+    if tensor.device.type == "cuda" and tensor.storage_offset() * tensor.itemsize % 16:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
 def _attend(
     q: Tensor,
     kv: Tensor,
@@ -124,6 +135,9 @@ def _attend(
     """Attention of q ``[B, H, T, D]`` over kv ``[2, B, H, S, D]``; heads merged, ``[B, T, C]``."""
     query_length, key_length = q.shape[2], kv.shape[3]
     kv = kv.to(q.dtype)  # a past may come from the other side of an autocast boundary
+    if dropout_p == 1:  # CUDA's kernels multiply what is left by 1 / 0
+        out = _attend(q, kv, mask, scale, 0.0, upcast)
+        return F.dropout(out, 1.0)
     if upcast and q.dtype != torch.float32:
         out, _ = weighted_attention(q, kv, mask, scale, dropout_p, None, upcast)
         return out
@@ -134,9 +148,7 @@ def _attend(
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     out = F.scaled_dot_product_attention(
-        q,
-        kv[0],
-        kv[1],
+        *map(_aligned, (q, kv[0], kv[1])),
         attn_mask=mask,
         dropout_p=dropout_p,
         is_causal=bool(mask is None and query_length > 1),

@@ -99,6 +99,16 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
         torch.addmm(total, left.t().to(total.dtype), right.to(total.dtype), beta=beta, out=total)
 
 
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right, in float32 whatever the operands are."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    elif out.device.type == "cuda":
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+
+
 def _losses_by_chunks(
     hidden: Tensor,
     weight: Tensor,
@@ -108,7 +118,7 @@ def _losses_by_chunks(
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
 ) -> Tensor:
-    """The losses; fills the gradients that are given, the weight's in float32."""
+    """The losses; fills the gradients that are given, in float32."""
     rows, vocab_size = hidden.shape[0], weight.shape[0]
     losses = hidden.new_empty(rows, dtype=torch.float32)
     # Rows of whole 128-byte lines: GPT-2's 50257 columns would put most of them at odd addresses,
@@ -136,7 +146,7 @@ def _losses_by_chunks(
             num_warps=warps,
         )
         if grad_hidden is not None:
-            torch.mm(logits, weight, out=grad_hidden[chunk])
+            _product(logits, weight, grad_hidden[chunk])
         if grad_weight is not None:
             _add_product(grad_weight, logits, scaled[chunk], beta=int(chunk.start > 0))
     if upstream is not None and grad_hidden is not None:
@@ -165,11 +175,11 @@ def lm_head_loss_fwd_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, and the gradients of their sum, weighted by upstream ``[N]`` float32 where given.
 
-    The gradients are ``[N, C]`` in the dtype of hidden and ``[V, C]`` in float32; empty where not
+    The gradients are ``[N, C]`` and ``[V, C]``, both float32; empty where not
     needed. Ignored rows add nothing, whatever upstream holds for them (NaN excepted).
     """
     check(hidden, weight, labels)
-    grad_hidden = hidden.new_empty(hidden.shape) if needs_hidden else None
+    grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if needs_hidden else None
     grad_weight = weight.new_empty(weight.shape, dtype=torch.float32) if needs_weight else None
     if len(labels):
         losses = _losses_by_chunks(
@@ -179,9 +189,9 @@ def lm_head_loss_fwd_bwd(
         losses = hidden.new_empty(0, dtype=torch.float32)
         if grad_weight is not None:
             grad_weight.zero_()
-    nothing = hidden.new_empty(0)
+    nothing = losses.new_empty(0)
     return (
         losses,
         nothing if grad_hidden is None else grad_hidden,
-        nothing.float() if grad_weight is None else grad_weight,
+        nothing if grad_weight is None else grad_weight,
     )
