@@ -28,6 +28,7 @@ from torch import Tensor
 from gpt2fast.kernels import torch_ops
 from gpt2fast.kernels.backend import DTYPES, serves
 from gpt2fast.kernels.registry import (
+    apply,
     autocast_inputs,
     forbid_second_derivative,
     needs_gradient,
@@ -160,7 +161,7 @@ def _causal_attention_triton(
         past_kv = past_kv.clone()
     arguments = (qkv, num_heads, past_kv, mask, first_keys, lengths, seed, scale, dropout_p)
     if saves:
-        out: Tensor = _CausalAttention.apply(*arguments)[0]
+        out: Tensor = apply(_CausalAttention, *arguments)[0]
         return out
     out, _ = _causal_attention_fwd(*arguments, False)
     return out

@@ -22,6 +22,7 @@ from gpt2fast.kernels.layer_norm import (
     output_dtype,
 )
 from gpt2fast.kernels.registry import (
+    apply,
     forbid_second_derivative,
     needs_gradient,
     register_kernel,
@@ -204,7 +205,7 @@ def _embedding_triton(
     if not _covers(wte, wpe, input_ids, position_ids, token_type_ids):
         return NotImplemented
     if needs_gradient(wte, wpe):
-        return _Embedding.apply(input_ids, position_ids, token_type_ids, wte, wpe)
+        return apply(_Embedding, input_ids, position_ids, token_type_ids, wte, wpe)
     return _forward(
         input_ids, position_ids, token_type_ids, wte, wpe, None, None, 0.0, wte.dtype, False
     )[0]
@@ -225,7 +226,7 @@ def _embedding_layer_norm_triton(
         return NotImplemented
     args = input_ids, position_ids, token_type_ids, wte, wpe, weight, bias, eps, dtype
     if needs_gradient(wte, wpe, weight, bias):
-        hidden, normed, _ = _EmbeddingLayerNorm.apply(*args)
+        hidden, normed, _ = apply(_EmbeddingLayerNorm, *args)
     else:
         hidden, normed, _ = _forward(*args, False)
     return normed, hidden

@@ -19,6 +19,7 @@ from torch import Tensor
 from gpt2fast.kernels import torch_ops
 from gpt2fast.kernels.backend import DTYPES
 from gpt2fast.kernels.registry import (
+    apply,
     autocast_inputs,
     casts_weights,
     forbid_second_derivative,
@@ -181,7 +182,7 @@ def _gelu_mlp_triton(
     )
     # The gradient of the second bias and of the residual need nothing saved.
     if needs_gradient(*tensors):
-        out = _GeluMlp.apply(*tensors, needs_gradient(*tensors[:4]))[0]
+        out = apply(_GeluMlp, *tensors, needs_gradient(*tensors[:4]))[0]
     else:
         out = _gelu_mlp_fwd(*tensors, False)[0]
     return out.view(*x.shape[:-1], proj_weight.shape[1])

@@ -23,6 +23,7 @@ from torch import Tensor
 from gpt2fast.kernels import torch_ops
 from gpt2fast.kernels.backend import DTYPES
 from gpt2fast.kernels.registry import (
+    apply,
     forbid_second_derivative,
     needs_gradient,
     register_kernel,
@@ -209,7 +210,7 @@ def _layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> A
     if dtype is None:
         return NotImplemented
     if needs_gradient(x, weight, bias):
-        return _LayerNorm.apply(x, weight, bias, eps, dtype)[0]
+        return apply(_LayerNorm, x, weight, bias, eps, dtype)[0]
     return layer_norm_fwd(
         equal_rows(x), None, weight.contiguous(), bias.contiguous(), eps, dtype, False
     )[0]
@@ -223,7 +224,7 @@ def _add_layer_norm_triton(
     if dtype is None or summed_dtype not in (x.dtype, residual.dtype):
         return NotImplemented
     if needs_gradient(x, residual, weight, bias):
-        return _AddLayerNorm.apply(x, residual, weight, bias, eps, dtype)[:2]
+        return apply(_AddLayerNorm, x, residual, weight, bias, eps, dtype)[:2]
     return layer_norm_fwd(
         equal_rows(x),
         equal_rows(residual),

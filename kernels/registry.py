@@ -8,6 +8,9 @@ Two kinds of op:
   would see in hand-written code; the Triton implementation is an autograd function over kernels.
 - The kernels (`register_kernel`): launchers that nothing traces into, with a function that gives
   their outputs' shapes. They take no gradient and see no autocast.
+
+Passing through the dispatcher costs the host more than many of the kernels run. So a call goes
+straight to what the dispatcher would arrive at, as long as nothing is there that wants to see it.
 """
 
 import functools
@@ -26,6 +29,59 @@ OPS: dict[str, bool] = {}
 _LIBRARY = torch.library.Library("gpt2fast", "DEF")
 _KERNEL_DEVICES = ("CUDA", "CPU")  # the CPU for Triton's interpreter
 _PLAIN_DEVICES = ("MPS", "XPU", "Meta")
+
+# What arguments the dispatcher would hand on as they are. Subclasses of tensors see the ops.
+_TENSORS = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = frozenset((*_TENSORS, type(None), float, int, bool, str, torch.dtype))
+
+
+def _included() -> int:
+    """The dispatch keys that this thread adds to those of tensors."""
+    included: int = torch._C._dispatch_tls_local_include_set().raw_repr()
+    return included
+
+
+with torch.inference_mode():
+    _PLAIN_THREADS = frozenset((_included(),))
+with torch.inference_mode(False):
+    _PLAIN_THREADS |= {_included()}
+
+
+def _unobserved(args: tuple[Any, ...], floats: tuple[int, ...]) -> bool:
+    """Whether an op on these arguments, called outside of the dispatcher, is the same op.
+
+    That is: no compiler or tracer records it, no mode and no transform of ``torch.func`` is active,
+    no profiler wants its name, no subclass of tensors takes part, and nothing has to be converted
+    (``floats``: which arguments are float in the schema).
+    """
+    if torch.compiler.is_compiling() or not _PLAIN_TYPES.issuperset(map(type, args)):
+        return False
+    for i in floats:
+        if type(args[i]) is not float:
+            return False
+    return not (
+        _included() not in _PLAIN_THREADS
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def _floats(schema: Any) -> tuple[int, ...]:
+    return tuple(i for i, a in enumerate(schema.arguments) if str(a.type) == "float")
+
+
+@functools.cache
+def _plain_keys(kind: str) -> frozenset[int]:
+    """The dispatch keys of tensors on such a device that nothing is special about.
+
+    Others are negated or conjugated without having been computed, sparse, wrapped by a transform.
+    """
+    keys = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            tensor = torch.empty(0, device=kind)
+            keys.append(torch._C._dispatch_keys(tensor).raw_repr())
+    return frozenset(keys)
 
 
 def register_op(
@@ -75,7 +131,11 @@ def register_op(
             _LIBRARY.impl(name, function, device)
             _LIBRARY.impl(name, function, f"Autograd{device}")
 
+    floats = _floats(op._schema)
+
     def call(*args: Any) -> Any:
+        if _unobserved(args, floats):
+            return choose(*args, selected_backend())
         return op(*args, selected_backend())
 
     return call
@@ -102,12 +162,13 @@ def register_kernel(schema: str, launcher: str, fake: Callable[..., Any]) -> Cal
         return found
 
     def launch(first: Tensor, *args: Any) -> Any:
-        kind = first.device.type
+        device = first.device
+        kind = device.type
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return launch(first, *args)
-        if kind == "cuda" and first.device.index != torch.cuda.current_device():
-            with torch.cuda.device(first.device):  # Triton launches on the current device
+        if kind == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current device
                 return load()(first, *args)
         return load()(first, *args)
 
@@ -116,8 +177,31 @@ def register_kernel(schema: str, launcher: str, fake: Callable[..., Any]) -> Cal
     for device in _KERNEL_DEVICES:
         _LIBRARY.impl(name, launch, device)
     _LIBRARY.impl(name, fake, "Meta")
-    op: Callable[..., Any] = getattr(torch.ops.gpt2fast, name).default
-    return op
+    op = getattr(torch.ops.gpt2fast, name).default
+    floats = _floats(op._schema)
+
+    def call(first: Tensor, *args: Any) -> Any:
+        everything = first, *args
+        if _unobserved(everything, floats):
+            kind = first.device.type
+            if kind != "meta":
+                plain, keys = _plain_keys(kind), torch._C._dispatch_keys
+                for arg in everything:
+                    if type(arg) in _TENSORS and keys(arg).raw_repr() not in plain:
+                        break
+                else:
+                    return launch(first, *args)
+        return op(first, *args)
+
+    return call
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without what that does anew at every call.
+
+    For functions without default arguments, outside of the transforms of ``torch.func``.
+    """
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

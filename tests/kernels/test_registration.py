@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2fast import kernels
+from tests.kernels.devices import DEVICE, backends
 
 torch.manual_seed(1)
 C, H = 16, 2
@@ -185,6 +188,80 @@ def test_meta_tensors(name: str) -> None:
     pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
     for meta, real in pairs:
         assert (meta.device.type, meta.shape, meta.dtype) == ("meta", real.shape, real.dtype)
+
+
+class _Names(TorchDispatchMode):
+    """The ops of ours that the dispatcher sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "gpt2fast":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+class _Subclass(Tensor):
+    pass
+
+
+@backends
+def test_modes_profilers_and_subclasses_see_the_ops(backend: str) -> None:
+    affine = tuple(t.to(DEVICE) for t in AFFINE)
+    x = X.to(DEVICE)
+
+    def call(x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, *affine)
+
+    seen: list[Any] = []
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        expected = call(x)
+        with _Names() as names:
+            _assert_equal(call(x), expected)
+        assert names.seen == ([] if backend == "torch" else ["layer_norm_fwd"])
+        with Functions():
+            _assert_equal(call(x), expected)
+        assert torch.ops.gpt2fast.layer_norm.default in seen
+        with torch.profiler.profile() as profile:
+            _assert_equal(call(x), expected)
+        assert "gpt2fast::layer_norm" in {event.name for event in profile.events()}
+        assert type(call(x.as_subclass(_Subclass))) is _Subclass
+        _assert_equal(torch.vmap(call)(x), expected)
+        _assert_equal(call(x.to(torch.complex64).mul(1j).conj().imag), -expected + 2 * affine[1])
+
+
+@backends
+def test_a_call_past_the_dispatcher_is_the_same(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The fixture sets a default device, for which calls go through the dispatcher.
+    x, affine = X.to(DEVICE), tuple(t.to(DEVICE) for t in AFFINE)
+    through = kernels.layer_norm(x, *affine)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the dispatcher was asked")
+
+    with torch._C.DisableTorchFunction(), monkeypatch.context() as patch:
+        patch.setattr(torch._C, "_len_torch_function_stack", lambda: 0)
+        patch.setattr(torch._ops.OpOverload, "__call__", refuse)
+        passed = [kernels.layer_norm(x, *affine)]
+        with torch.inference_mode():
+            passed.append(kernels.layer_norm(x.clone(), *affine))
+    for y in passed:
+        _assert_equal(y, through)
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", refuse)
+    with pytest.raises(AssertionError, match="was asked"):
+        kernels.layer_norm(x, *affine, eps=0)  # to be converted by the schema
 
 
 def test_the_public_ops_are_exported_and_documented() -> None:
