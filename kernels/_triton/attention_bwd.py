@@ -35,6 +35,7 @@ from gpt2fast.kernels._triton.attention_tiles import (
 )
 from gpt2fast.kernels._triton.common import LOG2_E
 from gpt2fast.kernels._triton.configs import attention_bwd_configs
+from gpt2fast.kernels._triton.launch import cdiv, launch, next_power_of_2
 from gpt2fast.kernels._triton.target import current_target
 
 
@@ -257,7 +258,7 @@ def attention_bwd(
     if not out.numel():
         return dqkv, dpast.zero_()
 
-    block_d = max(16, triton.next_power_of_2(head_size))
+    block_d = max(16, next_power_of_2(head_size))
     for_dq, for_dkdv = attention_bwd_configs(
         current_target(qkv.device), qkv.element_size(), block_d
     )
@@ -281,7 +282,7 @@ def attention_bwd(
         scale * LOG2_E.value,
         *dropout_threshold(dropout_p),
     )
-    _attention_bwd_dq_kernel[(triton.cdiv(length, for_dq.block_m) * batch_heads,)](
+    pointers = (
         qkv,
         heads_descriptor(qkv, head_size, for_dq.block_n, block_d),
         past,
@@ -295,7 +296,12 @@ def attention_bwd(
         first_keys,
         lengths,
         seed,
-        *sizes,
+    )
+    launch(
+        _attention_bwd_dq_kernel,
+        (cdiv(length, for_dq.block_m) * batch_heads,),
+        pointers,
+        sizes,
         HEAD_SIZE=head_size,
         BLOCK_M=for_dq.block_m,
         BLOCK_N=for_dq.block_n,
@@ -306,7 +312,7 @@ def attention_bwd(
     for of_past, keys in ((False, length), (True, past_length)):
         if of_past and not dpast.numel():
             continue
-        _attention_bwd_dkdv_kernel[(triton.cdiv(keys, for_dkdv.block_n) * batch_heads,)](
+        others = (
             qkv,
             heads_descriptor(qkv, head_size, for_dkdv.block_m, block_d),
             past if of_past else None,
@@ -320,7 +326,12 @@ def attention_bwd(
             first_keys,
             lengths,
             seed,
-            *sizes,
+        )
+        launch(
+            _attention_bwd_dkdv_kernel,
+            (cdiv(keys, for_dkdv.block_n) * batch_heads,),
+            others,
+            sizes,
             HEAD_SIZE=head_size,
             BLOCK_M=for_dkdv.block_m,
             BLOCK_N=for_dkdv.block_n,

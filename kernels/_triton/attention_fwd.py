@@ -31,6 +31,7 @@ from gpt2fast.kernels._triton.attention_tiles import (
 )
 from gpt2fast.kernels._triton.common import LOG2_E
 from gpt2fast.kernels._triton.configs import attention_fwd_config
+from gpt2fast.kernels._triton.launch import cdiv, launch, next_power_of_2
 from gpt2fast.kernels._triton.target import current_target
 
 
@@ -301,7 +302,7 @@ def launch_attention_fwd(
     if not out.numel():
         return out, lse
 
-    block_d = max(16, triton.next_power_of_2(head_size))
+    block_d = max(16, next_power_of_2(head_size))
     config = attention_fwd_config(
         current_target(qkv.device),
         qkv.element_size(),
@@ -317,8 +318,7 @@ def launch_attention_fwd(
         past_desc = heads_descriptor(past, head_size, config.block_n, block_d)
     batch_heads = batch * num_heads
     section = section_heads(start + length, head_size * qkv.element_size())
-    grid = (triton.cdiv(length, config.block_m) * batch_heads,)
-    _attention_fwd_kernel[grid](
+    pointers = (
         qkv,
         heads_descriptor(qkv, head_size, config.block_n, block_d),
         past,
@@ -330,6 +330,8 @@ def launch_attention_fwd(
         lengths,
         starts,
         seed,
+    )
+    numbers = (
         qkv.stride(0),
         qkv.stride(1),
         *past_strides,
@@ -341,6 +343,12 @@ def launch_attention_fwd(
         section,
         scale * LOG2_E.value,
         *dropout_threshold(dropout_p),
+    )
+    launch(
+        _attention_fwd_kernel,
+        (cdiv(length, config.block_m) * batch_heads,),
+        pointers,
+        numbers,
         HEAD_SIZE=head_size,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

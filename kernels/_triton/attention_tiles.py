@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gpt2fast.kernels._triton.launch import descriptor
 from gpt2fast.kernels._triton.target import current_target
 from gpt2fast.kernels.backend import DTYPES
 
@@ -238,7 +238,7 @@ def heads_descriptor(tensor: Tensor, head_size: int, rows: int, block_d: int) ->
     aligned = 16 // tensor.element_size()
     if tensor.data_ptr() % 16 or any(s <= 0 or s % aligned for s in strides[:-1]):
         return None
-    return TensorDescriptor(tensor, shape, strides, [1, 1, rows, block_d])
+    return descriptor(tensor, shape, strides, [1, 1, rows, block_d])
 
 
 def check_heads(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

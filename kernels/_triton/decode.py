@@ -24,6 +24,7 @@ from gpt2fast.kernels._triton.attention_fwd import launch_attention_fwd
 from gpt2fast.kernels._triton.attention_tiles import check_heads, check_rows
 from gpt2fast.kernels._triton.common import LOG2_E
 from gpt2fast.kernels._triton.configs import decode_config, decode_splits
+from gpt2fast.kernels._triton.launch import launch, next_power_of_2
 from gpt2fast.kernels._triton.target import current_target
 from gpt2fast.kernels.attention_append import (
     ALIGNMENT,
@@ -316,24 +317,25 @@ def _attention_decode(
     if splits > 1:
         size = batch * heads * splits * length * (head_size + 1)
         partial = torch.empty(size, dtype=torch.float32, device=qkv.device)
-    block_d = max(16, triton.next_power_of_2(head_size))
+    block_d = max(16, next_power_of_2(head_size))
     qkv_strides = [s // ALIGNMENT for s in qkv.stride()[:2]]
     cache_strides = [s // ALIGNMENT for s in kv_cache.stride()[:4]]
-    _attention_decode_kernel[(batch, heads, splits)](
-        qkv, kv_cache, out, partial,
-        starts, first_keys, mask, source_rows,
-        start, length, capacity, rows, scale * LOG2_E.value,
-        *qkv_strides, *cache_strides,
-        0 if mask is None else mask.stride(0),
-        0 if source_rows is None else source_rows.stride(0),
+    launch(
+        _attention_decode_kernel, (batch, heads, splits),
+        (qkv, kv_cache, out, partial, starts, first_keys, mask, source_rows),
+        (start, length, capacity, rows, scale * LOG2_E.value,
+         *qkv_strides, *cache_strides,
+         0 if mask is None else mask.stride(0),
+         0 if source_rows is None else source_rows.stride(0)),
         HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_T=1 if length == 1 else MAX_SPLIT_QUERIES,
         BLOCK_S=config.block_s, UNIT=ALIGNMENT,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if partial is not None:
         few = splits <= 16
-        _attention_combine_kernel[(batch * length, heads)](
-            partial, out, length, splits,
+        launch(
+            _attention_combine_kernel, (batch * length, heads),
+            (partial, out), (length, splits),
             HEAD_SIZE=head_size, BLOCK_D=block_d, BLOCK_SPLITS=16 if few else 64,
             num_warps=1 if few else 4,
         )  # fmt: skip

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpt2fast.kernels._triton import configs
+from gpt2fast.kernels._triton.launch import cdiv, launch
 from gpt2fast.kernels._triton.layer_norm import (
     append_tile,
     check_affine,
@@ -260,11 +261,12 @@ def embedding_fwd(
     statistics = torch.empty(2, rows if save_statistics else 0, dtype=torch.float32, device=device)
     if rows:
         tile = configs.row_tile(width, wte.itemsize)
-        _embedding_fwd_kernel[(triton.cdiv(rows, tile.block_m),)](
-            input_ids, position_ids, token_type_ids, wte, wpe, weight, bias,
-            hidden, normed, statistics,
-            rows, length, width, wte.shape[0], wpe.shape[0],
-            length if position_ids.shape[0] > 1 else 0, stride_wte, stride_wpe, eps,
+        launch(
+            _embedding_fwd_kernel, (cdiv(rows, tile.block_m),),
+            (input_ids, position_ids, token_type_ids, wte, wpe, weight, bias,
+             hidden, normed, statistics),
+            (rows, length, width, wte.shape[0], wpe.shape[0],
+             length if position_ids.shape[0] > 1 else 0, stride_wte, stride_wpe, eps),
             HAS_TYPES=token_type_ids is not None, NORMALIZE=normalize,
             SAVE_STATISTICS=save_statistics,
             BLOCK_M=tile.block_m, LANES=tile.lanes, CHUNKS=tile.chunks, num_warps=tile.warps,
@@ -295,16 +297,19 @@ def embedding_bwd(dhidden: Tensor, ids: Tensor, table_rows: int, dtype: torch.dt
     keys = ids.reshape(-1).clamp(-1, table_rows).to(torch.int32)
     ids, order = keys.sort(stable=True)
     config = configs.EMBEDDING_BWD
-    chunk = max(config.shortest_chunk, triton.cdiv(count, config.most_chunks))
-    chunks = triton.cdiv(count, chunk)
+    chunk = max(config.shortest_chunk, cdiv(count, config.most_chunks))
+    chunks = cdiv(count, chunk)
     partial = torch.empty(chunks, 2, width, dtype=torch.float32, device=dhidden.device)
-    _id_sum_kernel[(chunks, triton.cdiv(width, config.sum_block_n))](
-        dhidden, ids, order, dtable, partial, count, rows, table_rows, width, chunk, stride,
+    launch(
+        _id_sum_kernel, (chunks, cdiv(width, config.sum_block_n)),
+        (dhidden, ids, order, dtable, partial),
+        (count, rows, table_rows, width, chunk, stride),
         BLOCK_N=config.sum_block_n, STAGES=config.sum_stages, num_warps=config.sum_warps,
     )  # fmt: skip
     if chunks > 1:
-        _join_chunks_kernel[(chunks, triton.cdiv(width, config.join_block_n))](
-            ids, dtable, partial, count, table_rows, width, chunk,
+        launch(
+            _join_chunks_kernel, (chunks, cdiv(width, config.join_block_n)),
+            (ids, dtable, partial), (count, table_rows, width, chunk),
             BLOCK_M=config.join_block_m, BLOCK_N=config.join_block_n, num_warps=config.join_warps,
         )  # fmt: skip
     return dtable

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpt2fast.kernels._triton import configs
+from gpt2fast.kernels._triton.launch import cdiv, launch
 from gpt2fast.kernels._triton.target import current_target
 
 
@@ -340,9 +341,10 @@ def layer_norm_fwd(
     )
     if rows:
         tile = configs.row_tile(width, itemsize)
-        _layer_norm_fwd_kernel[(triton.cdiv(rows, tile.block_m),)](
-            x, residual, weight, bias, y, summed, statistics,
-            rows, width, stride_x, stride_residual, eps,
+        launch(
+            _layer_norm_fwd_kernel, (cdiv(rows, tile.block_m),),
+            (x, residual, weight, bias, y, summed, statistics),
+            (rows, width, stride_x, stride_residual, eps),
             HAS_RESIDUAL=residual is not None, SAVE_STATISTICS=save_statistics,
             BLOCK_M=tile.block_m, LANES=tile.lanes, CHUNKS=tile.chunks, num_warps=tile.warps,
         )  # fmt: skip
@@ -384,22 +386,24 @@ def layer_norm_bwd(
         width, min(dy.itemsize, x.itemsize), max(dy.itemsize, x.itemsize)
     )
     programs = current_target(device).multiprocessors * per_multiprocessor
-    rows_per_program = triton.cdiv(triton.cdiv(rows, tile.block_m), programs) * tile.block_m
-    programs = triton.cdiv(rows, rows_per_program)
+    rows_per_program = cdiv(cdiv(rows, tile.block_m), programs) * tile.block_m
+    programs = cdiv(rows, rows_per_program)
     partial = torch.empty(
         2, programs if need_affine else 0, width, dtype=torch.float32, device=device
     )
-    _layer_norm_bwd_kernel[(programs,)](
-        dy, dsummed, x, weight, statistics, dx, dx_cast, partial,
-        rows, width, rows_per_program, stride_dy, stride_dsummed, stride_x,
+    launch(
+        _layer_norm_bwd_kernel, (programs,),
+        (dy, dsummed, x, weight, statistics, dx, dx_cast, partial),
+        (rows, width, rows_per_program, stride_dy, stride_dsummed, stride_x),
         HAS_DSUMMED=dsummed is not None, NEED_DX=need_dx, NEED_CAST=need_dx and cast is not None,
         NEED_AFFINE=need_affine, BLOCK_M=tile.block_m, LANES=tile.lanes, CHUNKS=tile.chunks,
         STAGES=stages, num_warps=tile.warps,
     )  # fmt: skip
     if need_affine:
         block_m, block_n, num_warps = configs.LAYER_NORM_AFFINE_SUM
-        _affine_sum_kernel[(triton.cdiv(width, block_n), 2)](
-            partial, dweight, dbias, programs, width,
+        launch(
+            _affine_sum_kernel, (cdiv(width, block_n), 2),
+            (partial, dweight, dbias), (programs, width),
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
         )  # fmt: skip
     return dx, dx_cast, dweight, dbias

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpt2fast.kernels._triton import configs, target
 from gpt2fast.kernels._triton.common import LOG2_E
+from gpt2fast.kernels._triton.launch import cdiv, launch, next_power_of_2
 from gpt2fast.kernels._triton.matmul import accumulate, tile_position
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -241,23 +242,17 @@ def _launch_tiles(
     (rows, width), vocab_size = hidden.shape, weight.shape[0]
     multiprocessors = target.current_target(hidden.device).multiprocessors
     block_k = tile.block_bytes // hidden.element_size()
-    tiles = triton.cdiv(rows, tile.block_rows) * triton.cdiv(vocab_size, tile.block_vocab)
+    tiles = cdiv(rows, tile.block_rows) * cdiv(vocab_size, tile.block_vocab)
     a: Tensor | TensorDescriptor = hidden
     b: Tensor | TensorDescriptor = weight
     if tile.tma:
         a = TensorDescriptor.from_tensor(hidden, [tile.block_rows, block_k])
         b = TensorDescriptor.from_tensor(weight, [tile.block_vocab, block_k])
-    _lm_head_tiles_kernel[(min(tiles, multiprocessors * tile.programs),)](
-        a,
-        b,
-        maxima,
-        sums,
-        keys,
-        rows,
-        vocab_size,
-        width,
-        hidden.stride(0),
-        weight.stride(0),
+    launch(
+        _lm_head_tiles_kernel,
+        (min(tiles, multiprocessors * tile.programs),),
+        (a, b, maxima, sums, keys),
+        (rows, vocab_size, width, hidden.stride(0), weight.stride(0)),
         TOP=top,
         BLOCK_M=tile.block_rows,
         BLOCK_V=tile.block_vocab,
@@ -272,25 +267,17 @@ def _launch_tiles(
 def losses_by_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     rows, vocab_size = hidden.shape[0], weight.shape[0]
     tile = _tile(hidden, weight, 0)
-    tiles = triton.cdiv(vocab_size, tile.block_vocab)
+    tiles = cdiv(vocab_size, tile.block_vocab)
     losses = hidden.new_empty(rows, dtype=torch.float32)
     maxima, sums = hidden.new_empty(2, rows, tiles, dtype=torch.float32).unbind(0)
     _launch_tiles(hidden, weight, tile, 0, maxima, sums, None)
     block_m = configs.LM_HEAD_COMBINE_ROWS
-    _loss_combine_kernel[(triton.cdiv(rows, block_m),)](
-        maxima,
-        sums,
-        hidden,
-        weight,
-        labels,
-        losses,
-        ignore_index,
-        rows,
-        vocab_size,
-        hidden.shape[1],
-        tiles,
-        hidden.stride(0),
-        weight.stride(0),
+    width, strides = hidden.shape[1], (hidden.stride(0), weight.stride(0))
+    launch(
+        _loss_combine_kernel,
+        (cdiv(rows, block_m),),
+        (maxima, sums, hidden, weight, labels, losses),
+        (ignore_index, rows, vocab_size, width, tiles, *strides),
         BLOCK_M=block_m,
         BLOCK_T=32,
         BLOCK_C=128,
@@ -302,7 +289,7 @@ def losses_by_tiles(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index
 def _keys_by_tiles(hidden: Tensor, weight: Tensor, top: int) -> Tensor:
     """int64 ``[N, T, top]``: the sort keys of each tile's largest logits."""
     tile = _tile(hidden, weight, top)
-    tiles = triton.cdiv(weight.shape[0], tile.block_vocab)
+    tiles = cdiv(weight.shape[0], tile.block_vocab)
     keys = hidden.new_empty(hidden.shape[0], tiles, top, dtype=torch.int64)
     _launch_tiles(hidden, weight, tile, top, None, None, keys)
     return keys
@@ -317,8 +304,14 @@ def lm_head_argmax_fwd(hidden: Tensor, weight: Tensor) -> Tensor:
         return indices
     keys = _keys_by_tiles(hidden, weight, 1)
     block_m = configs.LM_HEAD_COMBINE_ROWS
-    _argmax_combine_kernel[(triton.cdiv(rows, block_m),)](
-        keys, indices, rows, keys.shape[1], BLOCK_M=block_m, BLOCK_T=64, num_warps=4
+    launch(
+        _argmax_combine_kernel,
+        (cdiv(rows, block_m),),
+        (keys, indices),
+        (rows, keys.shape[1]),
+        BLOCK_M=block_m,
+        BLOCK_T=64,
+        num_warps=4,
     )
     return indices
 
@@ -331,7 +324,7 @@ def lm_head_topk_fwd(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Te
         return hidden.new_empty(0, k, dtype=torch.float32), hidden.new_empty(
             0, k, dtype=torch.int64
         )
-    keys = _keys_by_tiles(hidden, weight, triton.next_power_of_2(k)).flatten(1)
+    keys = _keys_by_tiles(hidden, weight, next_power_of_2(k)).flatten(1)
     best = keys.topk(k).values
     bits = (best >> 32).int()
     # The inverse of _sort_keys, which is its own inverse in the upper half.

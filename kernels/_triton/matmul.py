@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpt2fast.kernels._triton import configs, target
+from gpt2fast.kernels._triton.launch import cdiv, descriptor, launch
 from gpt2fast.kernels._triton.matmul_epilogue import column_chunks, finish, finish_gelu_grad
 
 
@@ -292,14 +293,16 @@ def matmul(
         _launch(tile, chip, a, b, pointers, stride_residual_row, inner, **epilogue)
         return out, pre
     # In whole blocks of K, so that tile copies do not reach into the next part.
-    k_per_split = triton.cdiv(triton.cdiv(inner, splits), tile.block_k) * tile.block_k
-    splits = triton.cdiv(inner, k_per_split)
+    k_per_split = cdiv(cdiv(inner, splits), tile.block_k) * tile.block_k
+    splits = cdiv(inner, k_per_split)
     parts = torch.empty(splits, rows, columns, dtype=torch.float32, device=a.device)
     _launch(tile, chip, a, b, (None,) * 5 + (parts,), 0, k_per_split, SPLIT=True)
     block = configs.ADD_SPLITS_BLOCK
-    _add_splits_kernel[(rows, triton.cdiv(columns, block))](
-        *(parts, bias, residual, pre, out),
-        *(rows, columns, stride_residual_row, splits),
+    launch(
+        _add_splits_kernel,
+        (rows, cdiv(columns, block)),
+        (parts, bias, residual, pre, out),
+        (rows, columns, stride_residual_row, splits),
         BLOCK_N=block,
         num_warps=4,
         **epilogue,
@@ -329,7 +332,7 @@ def matmul_gelu_grad(
     tile = _tile(a, b, chip)
     out = torch.empty_like(pre)
     value = torch.empty((rows, columns) if save_gelu else 0, dtype=a.dtype, device=a.device)
-    parts = (triton.cdiv(rows, tile.block_m), columns) if sum_rows else 0
+    parts = (cdiv(rows, tile.block_m), columns) if sum_rows else 0
     sums = torch.empty(parts, dtype=torch.float32, device=a.device)
     pointers = (None, None, pre, value, sums, out)
     flags = {"GELU_GRAD": True, "SAVE_GELU": save_gelu, "SUM_ROWS": sum_rows}
@@ -375,6 +378,10 @@ def _can_be_copied(rows: Tensor) -> bool:
     return aligned and step >= rows.shape[1]
 
 
+def _descriptor(rows: Tensor, block: list[int]) -> TensorDescriptor:
+    return descriptor(rows, rows.shape, rows.stride(), block)
+
+
 def _launch(
     tile: configs.MatmulTile,
     chip: target.Target,
@@ -392,15 +399,16 @@ def _launch(
     if tile.use_tma:
         block_b = [tile.block_k, tile.block_n]
         operands = (
-            TensorDescriptor.from_tensor(a, [tile.block_m, tile.block_k]),
-            TensorDescriptor.from_tensor(stored, block_b[::-1] if transposed else block_b),
+            _descriptor(a, [tile.block_m, tile.block_k]),
+            _descriptor(stored, block_b[::-1] if transposed else block_b),
         )
-    work = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
-    work *= triton.cdiv(inner, k_per_split)
-    _matmul_kernel[(min(work, chip.multiprocessors * tile.programs),)](
-        *operands,
-        *pointers,
-        *(rows, columns, inner, a.stride(0), stored.stride(0), stride_residual_row, k_per_split),
+    work = cdiv(rows, tile.block_m) * cdiv(columns, tile.block_n)
+    work *= cdiv(inner, k_per_split)
+    launch(
+        _matmul_kernel,
+        (min(work, chip.multiprocessors * tile.programs),),
+        (*operands, *pointers),
+        (rows, columns, inner, a.stride(0), stored.stride(0), stride_residual_row, k_per_split),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
