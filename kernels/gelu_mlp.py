@@ -146,12 +146,12 @@ def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if needs_gradient(x, weight, bias) or casts_weights(weight, bias):
         return NotImplemented
     (x,) = autocast_inputs(x)
+    # Asked first, as it leaves most products of a forward pass to PyTorch.
+    if configs.matmul_provider("linear", x.shape[:-1].numel(), x.element_size()) != "triton":
+        return NotImplemented
     if not _served(x, weight, bias):
         return NotImplemented
-    rows = _as_rows(x)
-    if configs.matmul_provider("linear", rows.shape[0], rows.element_size()) != "triton":
-        return NotImplemented
-    out: Tensor = _linear_fwd(rows, _readable(weight), bias.contiguous())
+    out: Tensor = _linear_fwd(_as_rows(x), _readable(weight), bias.contiguous())
     return out.view(*x.shape[:-1], weight.shape[1])
 
 
