@@ -35,6 +35,8 @@ _DIRECT_HEAD_ROWS = 2  # of hidden states, up to which a 16-bit head is read as 
 # decides, not the weights: layers multiply as PyTorch does, heads as with the last.
 _MEASURED_ROWS = (1, 4, 16)
 
+Buffers = dict[tuple[int, ...], Tensor]  # by their sizes
+
 
 class Linear(ABC):
     """``x W + b`` of x ``[M, K]``, for one matrix W ``[K, N]``."""
@@ -46,6 +48,10 @@ class Linear(ABC):
     @abstractmethod
     def accumulate(self, x: Tensor, total: Tensor) -> None:
         """Add the product to ``total`` ``[M, N]``."""
+
+    def for_a_row(self, buffers: Buffers) -> "RowLinear | None":
+        """The same for one row, with less around it, where there is such a thing."""
+        return None
 
 
 class _Plain(Linear):
@@ -73,6 +79,55 @@ class _Plain(Linear):
             total.add_(_in_parts(x, self._weight, parts))
         else:
             total.addmm_(x, self._weight)
+
+    def for_a_row(self, buffers: Buffers) -> "RowLinear | None":
+        return RowLinear(self._weight, self._bias, buffers) if self._divisible else None
+
+
+class RowLinear:
+    """``x W + b`` of one row in float32, by the present number of threads.
+
+    After a product has swept the caches, making a view takes as long as adding two rows: here all
+    views are made beforehand.
+
+    Args:
+        buffers: of other layers of the model, which are never multiplied at once.
+
+    Attributes:
+        shape: of x.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, buffers: Buffers) -> None:
+        inputs, outputs = weight.shape
+        parts = _parts(1, inputs)
+        self.shape = (1, inputs) if parts == 1 else (parts, 1, inputs // parts)
+        self._bias = bias
+        self._weight = weight if parts == 1 else weight.view(parts, -1, outputs)
+        size = (0 if parts == 1 else parts, 1, outputs)
+        if size not in buffers:
+            buffers[size] = weight.new_empty(size)
+        self._products = buffers[size]
+        self._parts = self._products.unbind(0)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """The product, in ``out`` ``[1, N]``."""
+        if not self._parts:
+            torch.addmm(self._bias, x, self._weight, out=out)
+            return
+        torch.bmm(x, self._weight, out=self._products)
+        torch.add(self._parts[0], self._bias, out=out)
+        for part in self._parts[1:]:
+            out.add_(part)
+
+    def accumulate(self, x: Tensor, total: Tensor) -> None:
+        """Add the product to ``total`` ``[1, N]``."""
+        total.add_(self._bias)
+        if not self._parts:
+            total.addmm_(x, self._weight)
+            return
+        torch.bmm(x, self._weight, out=self._products)
+        for part in self._parts:
+            total.add_(part)
 
 
 class _LowBit(Linear):

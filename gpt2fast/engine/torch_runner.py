@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from gpt2fast.engine.compiled import CompiledStep
 from gpt2fast.engine.cpu_attention import Piece, spans_of
-from gpt2fast.engine.cpu_linear import Linear, Linears
+from gpt2fast.engine.cpu_linear import Buffers, Linear, Linears, RowLinear
 from gpt2fast.engine.sampling import select_and_commit
 from gpt2fast.kernels.decode_state import RUNNING, DecodeState
 from gpt2fast.layers import GPT2Block, LayerNorm
@@ -39,6 +40,10 @@ class _Norm:
     @classmethod
     def of(cls, module: LayerNorm, dtype: torch.dtype) -> "_Norm":
         return cls(module.weight.detach().to(dtype), module.bias.detach().to(dtype), module.eps)
+
+    def viewed(self, shape: tuple[int, ...]) -> "_Norm":
+        """The same of one row that comes in this shape."""
+        return _Norm(self.weight.view(shape), self.bias.view(shape), self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.native_layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)[0]
@@ -85,6 +90,69 @@ class _Rows:
         return self._hidden[:count], qkv, inner
 
 
+@dataclass(frozen=True)
+class _RowLayer:
+    """Of `_RowStep`."""
+
+    ln_1: _Norm
+    qkv: RowLinear
+    scale: float
+    out: RowLinear
+    ln_2: _Norm
+    fc: RowLinear
+    proj: RowLinear
+
+    @classmethod
+    def of(cls, layer: _Layer, buffers: Buffers) -> "_RowLayer | None":
+        qkv, out = layer.qkv.for_a_row(buffers), layer.out.for_a_row(buffers)
+        fc, proj = layer.fc.for_a_row(buffers), layer.proj.for_a_row(buffers)
+        if qkv is None or out is None or fc is None or proj is None:
+            return None
+        ln_1, ln_2 = layer.ln_1.viewed(qkv.shape), layer.ln_2.viewed(fc.shape)
+        return cls(ln_1, qkv, layer.scale, out, ln_2, fc, proj)
+
+
+class _RowStep:
+    """`TorchRunner._evaluate` for one token, by the present number of threads.
+
+    In as few calls as PyTorch allows: between products that sweep the caches each of them costs
+    several microseconds, whatever it does.
+
+    Attributes:
+        hidden: ``[1, C]``, the token's embedding before a call, which writes over it.
+    """
+
+    @classmethod
+    def of(cls, layers: Sequence[_Layer]) -> "_RowStep | None":
+        """None where the layers are not in float32 on a CPU, as they lie."""
+        buffers: Buffers = {}
+        prepared = [_RowLayer.of(layer, buffers) for layer in layers]
+        found = [layer for layer in prepared if layer is not None]
+        return cls(found) if found and len(found) == len(prepared) else None
+
+    def __init__(self, layers: Sequence[_RowLayer]) -> None:
+        self._layers, self._shape = layers, layers[0].qkv.shape
+        inner, like = layers[0].proj.shape, layers[0].ln_1.weight
+        width = prod(self._shape)
+        self.hidden, self._qkv = like.new_empty(1, width), like.new_empty(1, 3 * width)
+        self._inner = like.new_empty(1, prod(inner))
+        self._hidden_parts = self.hidden.view(self._shape)
+        self._inner_parts = self._inner.view(inner)
+
+    def __call__(self, cache: Tensor, slot: int, position: int) -> Tensor:
+        """The hidden state ``[1, C]``, until the next call; caches the token's keys and values."""
+        hidden, hidden_parts, inner, qkv = self.hidden, self._hidden_parts, self._inner, self._qkv
+        (span,) = spans_of(cache, qkv, [(slot, position, position + 1)])
+        for i, layer in enumerate(self._layers):
+            layer.qkv.into(layer.ln_1(hidden_parts), qkv)
+            merged = span.attend_by_heads(i, layer.scale)
+            layer.out.accumulate(merged.reshape(self._shape), hidden)
+            layer.fc.into(layer.ln_2(hidden_parts), inner)
+            _gelu(inner, approximate="tanh", out=inner)
+            layer.proj.accumulate(self._inner_parts, hidden)
+        return hidden
+
+
 class TorchRunner:
     """`gpt2fast.engine.runner.Runner` on PyTorch's operators.
 
@@ -127,6 +195,7 @@ class TorchRunner:
         )
         self._rows = _Rows(self._cache, config.n_embd, config.inner_size)
         self._step = step
+        self._row_steps: dict[int, _RowStep | None] = {}  # by the number of threads
 
     def working(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -175,6 +244,8 @@ class TorchRunner:
                 alone = len(running) == 1 and not drafts
                 if step and alone and step.serves(lengths[first], self.capacity):
                     logits = self._one(step, first, lengths[first])
+                elif alone and (row_step := self._row_step()):
+                    logits = self._row(row_step, first, lengths[first])
                 else:
                     pieces = [(s, lengths[s], lengths[s] + 1 + drafts) for s in running]
                     logits = self._logits(self._evaluate(pieces))
@@ -192,6 +263,7 @@ class TorchRunner:
     def close(self) -> None:
         self._layers.clear()
         self._step = None
+        self._row_steps.clear()
         self._cache = self._cache.new_empty(0)
         self._rows = _Rows(self._cache, 0, 0)
 
@@ -229,6 +301,18 @@ class TorchRunner:
         token = self.state.tokens[slot, position : position + 1]
         hidden = (self._embed(token) + self._wpe[position]).float()
         return step(hidden[0], self._cache[:, slot], position)[None]
+
+    def _row_step(self) -> _RowStep | None:
+        threads = torch.get_num_threads()
+        if threads not in self._row_steps:
+            self._row_steps[threads] = _RowStep.of(self._layers)
+        return self._row_steps[threads]
+
+    def _row(self, step: _RowStep, slot: int, position: int) -> Tensor:
+        """Cache the slot's token at ``position``: its logits ``[1, V]``."""
+        token = self.state.tokens[slot, position : position + 1]
+        torch.add(self._embed(token), self._wpe[position], out=step.hidden)
+        return self._logits(step(self._cache, slot, position))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._head(self._ln_f(hidden))

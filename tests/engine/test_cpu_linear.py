@@ -87,6 +87,31 @@ def test_layers(choice, threads, rows, inputs, strided):
             assert_close("linear", "forward", total, before.double() + product)
 
 
+@pytest.mark.parametrize("inputs", [96, 97, 98])
+def test_layers_of_one_row(choice, threads, inputs):
+    """Two that share their buffers."""
+    x, before = torch.randn(1, inputs), torch.randn(1, OUTPUTS)
+    parts = max(n for n in range(1, threads + 1) if inputs % n == 0)
+    for choice.parts in (True, False):
+        buffers: cpu_linear.Buffers = {}
+        cases = []
+        for _ in range(2):
+            weight, bias = torch.randn(inputs, OUTPUTS), torch.randn(OUTPUTS)
+            layer = _Plain(weight, bias).for_a_row(buffers)
+            assert layer is not None
+            cases.append((layer, x.double() @ weight.double() + bias.double()))
+        assert len(buffers) == 1
+        for layer, product in cases:
+            in_parts = choice.parts and parts > 1
+            assert layer.shape == ((parts, 1, inputs // parts) if in_parts else (1, inputs))
+            out, total = torch.full_like(before, float("nan")), before.clone()
+            with torch.inference_mode():
+                layer.into(x.view(layer.shape), out)
+                layer.accumulate(x.view(layer.shape), total)
+            assert_close("linear", "forward", out, product)
+            assert_close("linear", "forward", total, before.double() + product)
+
+
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 @pytest.mark.parametrize("inputs", [96, 97])
 @pytest.mark.parametrize("rows", ROWS)
@@ -112,6 +137,7 @@ def test_what_is_not_dense_float32_has_no_choice(choice):
         x = torch.randn(4, 96, dtype=weight.dtype)
         product = _Plain(weight, x.new_zeros(97)).into(x, x.new_empty(4, 97))
         logits = _Head(weight.t().contiguous().t(), None)(product)
+        assert _Plain(weight, x.new_zeros(97)).for_a_row({}) is None
         assert_close("linear", "forward", product, x.double() @ weight.double())
         assert_close("linear", "forward", logits, product.double() @ weight.double().t())
     assert not choice.asked

@@ -122,6 +122,34 @@ def test_up_to_the_last_position(model):
     assert tokens(runner, 1) == plain(model, neighbour, 1)
 
 
+def test_a_sequence_alone_takes_the_step_of_one_row(model, monkeypatch):
+    """In turns with a batch and with drafts, and whatever the number of threads is."""
+    prompts = [prompt(6), prompt(9)]
+    runner = runner_of(model, slots=2)
+    taken, rows_at_once = [], torch_runner._RowStep.__call__
+
+    def record(step: Any, cache: Tensor, slot: int, position: int) -> Tensor:
+        taken.append((slot, position))
+        return rows_at_once(step, cache, slot, position)
+
+    monkeypatch.setattr(torch_runner._RowStep, "__call__", record)
+    for slot, ids in enumerate(prompts):
+        start(runner, slot, ids, 16)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runner.advance([1], 2)
+            runner.advance([0, 1], 1)
+    finally:
+        torch.set_num_threads(before)
+    runner.advance([1], 1, drafts=2)
+    assert taken == [(1, position) for position in (9, 10, 12, 13, 15, 16)]
+    finish(runner, [0, 1])
+    for slot, ids in enumerate(prompts):
+        assert tokens(runner, slot) == plain(model, ids, 16)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 5])
 def test_a_long_prompt_in_chunks(model, chunk, monkeypatch):
     ids = prompt(19)
