@@ -37,15 +37,8 @@ class Span:
 
     def attend(self, layer: int, scale: float) -> Tensor:
         """Write this layer's keys and values, and attend: ``[B * n, C]``."""
-        out = self.attend_by_heads(layer, scale)
-        if self.query.shape[2] > 1:
-            out = out.transpose(1, 2)
-        return out.reshape(len(out) * self.query.shape[2], -1)
-
-    def attend_by_heads(self, layer: int, scale: float) -> Tensor:
-        """The same as ``[B, H, n, D]``, which of one token lies as its C values do."""
         self.targets[layer].copy_(self.fresh)
-        return F.scaled_dot_product_attention(
+        out = F.scaled_dot_product_attention(
             self.query,
             self.context[2 * layer],
             self.context[2 * layer + 1],
@@ -53,6 +46,9 @@ class Span:
             is_causal=self.causal,
             scale=scale,
         )
+        if self.query.shape[2] > 1:
+            out = out.transpose(1, 2)
+        return out.reshape(len(out) * self.query.shape[2], -1)
 
     def last(self) -> "Span":
         """Only the last token of each slot attends; all are written."""

@@ -126,11 +126,11 @@ def test_a_sequence_alone_takes_the_step_of_one_row(model, monkeypatch):
     """In turns with a batch and with drafts, and whatever the number of threads is."""
     prompts = [prompt(6), prompt(9)]
     runner = runner_of(model, slots=2)
-    taken, rows_at_once = [], torch_runner._RowStep.__call__
+    taken, row_step = [], torch_runner._RowStep.__call__
 
-    def record(step: Any, cache: Tensor, slot: int, position: int) -> Tensor:
+    def record(step: Any, slot: int, position: int, token: int) -> Tensor:
         taken.append((slot, position))
-        return rows_at_once(step, cache, slot, position)
+        return row_step(step, slot, position, token)
 
     monkeypatch.setattr(torch_runner._RowStep, "__call__", record)
     for slot, ids in enumerate(prompts):
