@@ -13,7 +13,10 @@ from torch import Tensor
 
 from gpt2fast.kernels._triton import configs
 from gpt2fast.kernels._triton.common import LOG2_E
+from gpt2fast.kernels._triton.launch import cdiv, launch
 from gpt2fast.kernels._triton.lm_head_tiles import LN_2, LOWEST, check, losses_by_tiles
+
+_LINE = 64  # columns of 16 bits
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -85,7 +88,7 @@ def _chunks(rows: int, row_bytes: int) -> list[slice]:
     """Equal chunks of rows, of whole tiles of the products, as few as the table's bytes allow."""
     tile = configs.LM_HEAD_CHUNK_TILE
     most = max(1, configs.LM_HEAD_CHUNK_BYTES // row_bytes // tile) * tile
-    step = triton.cdiv(triton.cdiv(rows, triton.cdiv(rows, most)), tile) * tile
+    step = cdiv(cdiv(rows, cdiv(rows, most)), tile) * tile
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -97,6 +100,27 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
         torch.addmm(total, left.t(), right, out_dtype=total.dtype, beta=beta, out=total)
     else:
         torch.addmm(total, left.t().to(total.dtype), right.to(total.dtype), beta=beta, out=total)
+
+
+def _padded_rows(weight: Tensor) -> int:
+    """How many rows the products have of the weight, in whole lines where 16 bits multiply.
+
+    cuBLAS has fast kernels for widths of whole 16 bytes alone: with 50257 columns, or terms of a
+    sum, a product takes several times as long as with 50304, and the copy a hundredth of it.
+    """
+    rows = weight.shape[0]
+    return cdiv(rows, _LINE) * _LINE if weight.element_size() == 2 else rows
+
+
+def _padded(weight: Tensor) -> Tensor:
+    """The weight with `_padded_rows`, those behind its own zero."""
+    rows = _padded_rows(weight)
+    if rows == len(weight):
+        return weight
+    padded = weight.new_empty(rows, weight.shape[1])
+    padded[: len(weight)] = weight
+    padded[len(weight) :] = 0
+    return padded
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -118,12 +142,13 @@ def _losses_by_chunks(
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
 ) -> Tensor:
-    """The losses; fills the gradients that are given, in float32."""
+    """The losses; fills the gradients that are given: float32, the weight's of `_padded_rows`."""
     rows, vocab_size = hidden.shape[0], weight.shape[0]
     losses = hidden.new_empty(rows, dtype=torch.float32)
     # Rows of whole 128-byte lines: GPT-2's 50257 columns would put most of them at odd addresses,
     # which neither cuBLAS nor a kernel reads well.
-    padded = triton.cdiv(vocab_size, 64) * 64
+    padded = cdiv(vocab_size, _LINE) * _LINE
+    weight = _padded(weight)
     chunks = _chunks(rows, padded * hidden.element_size())
     buffer = hidden.new_empty(chunks[0].stop, padded)
     # The upstream gradient goes to the narrow side of each product, not over the logits.
@@ -132,15 +157,13 @@ def _losses_by_chunks(
         scaled = (hidden * upstream[:, None]).to(hidden.dtype)
     block_v, warps = configs.LM_HEAD_CROSS_ENTROPY
     for chunk in chunks:
-        logits = buffer[: chunk.stop - chunk.start, :vocab_size]
+        logits = buffer[: chunk.stop - chunk.start, : len(weight)]
         torch.mm(hidden[chunk], weight.t(), out=logits)
-        _cross_entropy_kernel[(chunk.stop - chunk.start,)](
-            buffer,
-            labels[chunk],
-            losses[chunk],
-            ignore_index,
-            vocab_size,
-            padded,
+        launch(
+            _cross_entropy_kernel,
+            (chunk.stop - chunk.start,),
+            (buffer, labels[chunk], losses[chunk]),
+            (ignore_index, vocab_size, padded),
             WRITE_GRADIENT=grad_hidden is not None or grad_weight is not None,
             BLOCK_V=block_v,
             num_warps=warps,
@@ -175,12 +198,14 @@ def lm_head_loss_fwd_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, and the gradients of their sum, weighted by upstream ``[N]`` float32 where given.
 
-    The gradients are ``[N, C]`` and ``[V, C]``, both float32; empty where not
-    needed. Ignored rows add nothing, whatever upstream holds for them (NaN excepted).
+    The gradients are ``[N, C]`` and ``[V, C]``, both float32; empty where not needed.
+    Ignored rows add nothing, whatever upstream holds for them (NaN excepted).
     """
     check(hidden, weight, labels)
     grad_hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if needs_hidden else None
-    grad_weight = weight.new_empty(weight.shape, dtype=torch.float32) if needs_weight else None
+    grad_weight = None
+    if needs_weight:
+        grad_weight = weight.new_empty(_padded_rows(weight), weight.shape[1], dtype=torch.float32)
     if len(labels):
         losses = _losses_by_chunks(
             hidden, weight, labels, upstream, ignore_index, grad_hidden, grad_weight
@@ -193,5 +218,5 @@ def lm_head_loss_fwd_bwd(
     return (
         losses,
         nothing if grad_hidden is None else grad_hidden,
-        nothing if grad_weight is None else grad_weight,
+        nothing if grad_weight is None else grad_weight[: len(weight)],
     )

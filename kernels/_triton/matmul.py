@@ -286,7 +286,7 @@ def matmul(
         "HAS_RESIDUAL": residual is not None,
     }
     chip = target.current_target(a.device)
-    tile = _tile(a, b, chip)
+    tile = _tile(a, b, chip, light=True)
     splits = configs.matmul_splits(rows, columns, inner, tile, chip)
     if splits == 1:
         pointers = (bias, residual, pre, None, None, out)
@@ -366,9 +366,9 @@ def _stored(b: Tensor) -> tuple[Tensor, bool]:
     return (b, False) if b.stride(1) == 1 else (b.t(), True)
 
 
-def _tile(a: Tensor, b: Tensor, chip: target.Target) -> configs.MatmulTile:
+def _tile(a: Tensor, b: Tensor, chip: target.Target, light: bool = False) -> configs.MatmulTile:
     copied = chip.has_tma and _can_be_copied(a) and _can_be_copied(_stored(b)[0])
-    return configs.matmul_tile(a.shape[0], b.shape[1], a.element_size(), copied, chip)
+    return configs.matmul_tile(a.shape[0], b.shape[1], a.element_size(), copied, chip, light)
 
 
 def _can_be_copied(rows: Tensor) -> bool:
