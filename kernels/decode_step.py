@@ -53,8 +53,8 @@ class StepBuffers:
         inner: activations ``[M, F]``.
         parts: float32 ``[parts, M, C]``, sums of a product over parts of its inputs; only beyond
             `FEW_ROWS`.
-        partial, sums: float32 ``[M, H, splits, D]`` and ``[M, H, splits]``: attention over a part
-            of the keys and the base-2 logarithm of its sum of exponentials.
+        partial, sums: activations ``[M, H, splits, D]`` and float32 ``[M, H, splits]``: attention
+            over a part of the keys and the base-2 logarithm of its sum of exponentials.
         logits: float32 ``[M, V]``.
         best_value, best_index, best_sum: float32, int32, float32 ``[M, programs]``: of each
             program's share of a row's logits the largest, its first place, and the sum of
@@ -124,7 +124,7 @@ class StepBuffers:
             merged=zeros(rows, width, dtype=dtype),
             inner=zeros(rows, weights.fc.outputs, dtype=dtype),
             parts=zeros(parts if many else 0, rows, width),
-            partial=zeros(rows, heads, splits, width // heads),
+            partial=zeros(rows, heads, splits, width // heads, dtype=dtype),
             sums=zeros(rows, heads, splits),
             logits=zeros(rows, vocab_size),
             best_value=zeros(rows, programs),

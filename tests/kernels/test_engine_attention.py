@@ -238,7 +238,7 @@ def test_cache_dtypes() -> None:
 def test_splits_fill_the_chip_within_what_a_projection_merges() -> None:
     chip = CHIPS[90]
     assert configs.engine_splits(1, 12, 1, 64, chip) == 1
-    assert configs.engine_splits(1, 12, 512, 64, chip) == 8
+    assert configs.engine_splits(1, 12, 512, 64, chip) == 4
     assert configs.engine_splits(4, 12, 1024, 64, chip) == 8
     assert configs.engine_splits(64, 12, 1024, 64, chip) == 1
     for rows in (1, 2, 4, 8, 64):
@@ -248,6 +248,6 @@ def test_splits_fill_the_chip_within_what_a_projection_merges() -> None:
 def test_splits_of_the_persistent_kernel() -> None:
     """No program has a second item where one is enough, and none walks further than it has to."""
     splits = {rows: configs.persistent_splits(rows, 12, 1024, 64, 128) for rows in (1, 2, 4)}
-    assert splits == {1: 10, 2: 5, 4: 8}
-    assert configs.persistent_splits(1, 25, 1024, 64, 128) == 5
+    assert splits == {1: 4, 2: 2, 4: 8}
+    assert configs.persistent_splits(1, 25, 1024, 64, 128) == 4
     assert configs.persistent_splits(1, 12, 64, 64, 128) == 1

@@ -103,6 +103,7 @@ def attention_phase(
                 tl.store(out_ptr + q_offset, result, mask=mask_d)
             else:
                 part = (tl.cast(row, tl.int64) * HEADS + head) * SPLITS + split
+                result = result.to(partial_ptr.dtype.element_ty)
                 tl.store(partial_ptr + part * HEAD_SIZE + offs_d, result, mask=mask_d)
                 tl.store(sums_ptr + part, largest + tl.log2(whole))
 
@@ -130,7 +131,7 @@ def merged_heads(
         share = tl.exp2(value - largest)  # finite: a row's first split has a key
         offs = (first + split) * HEAD_SIZE + inside
         result = tl.load(partial_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
-        merged += share * result
+        merged += share * result.to(tl.float32)
         total += share
     return merged / total
 

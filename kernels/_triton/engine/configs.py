@@ -26,13 +26,18 @@ ENGINE_ATTENTION_PROGRAMS = 4
 ENGINE_COMBINE_BLOCK, ENGINE_COMBINE_WARPS = 128, 1
 
 
+# Parts of each head that a projection merges in its prologue, of one row. Predicted.
+FEW_PARTS = 4
+
+
 def engine_splits(rows: int, heads: int, keys: int, head_size: int, target: Target) -> int:
     """Into how many parts to split each row's attention where the longest may have ``keys``.
 
-    As `decode_splits`, but of a few rows every program of the projection behind merges all parts
-    by itself: of what it reads for that, 32 parts of all heads are 100 KB at width 768. Predicted.
+    As `decode_splits`, but of a few rows every warp of the projection behind merges all parts by
+    itself, and for that reads 3 KB a part from L1 at width 768. Measured on an H100 where there
+    were 16 parts: the merging took four times as long as the attention. Predicted otherwise.
     """
-    most = 32 // rows if rows <= 4 else 16
+    most = FEW_PARTS // rows if rows <= 2 else 8 if rows == 4 else 16
     block = engine_attention(2, head_size).block_s
     return min(most, 16, decode_splits(rows * heads, keys, block, target.multiprocessors))
 
@@ -71,13 +76,14 @@ class DecodeRowsTile:
     programs: int
 
 
-def decode_rows_tile(outputs: int, rows: int, target: Target) -> DecodeRowsTile:
-    """By the outputs and the rows. All predicted.
+def decode_rows_tile(outputs: int, inputs: int, rows: int, target: Target) -> DecodeRowsTile:
+    """By the matrix and the rows. All predicted.
 
     A phase lasts about as long as a load takes, so that all of a matrix should be asked for at
     once: one tile a program, of few outputs, and as many programs as that takes; they are resident
     together. Two outputs a warp read the rows from L1 half as often, but 768 or 1600 outputs are
-    then less than two warps on each quarter of a multiprocessor. The head is many times as long:
+    then less than two warps on each quarter of a multiprocessor. What is not asked for before the
+    wait comes a memory's latency later: of many inputs all are, if the row is one. The head is many times as long:
     programs go over it in a loop, two sweeps of up to 64 KB a multiprocessor under way. Of four
     rows the registers hold one output a warp, in short sweeps: two spill at width 1600.
     """
@@ -87,7 +93,10 @@ def decode_rows_tile(outputs: int, rows: int, target: Target) -> DecodeRowsTile:
         return DecodeRowsTile(warps=4, repeat=2, unroll=3, programs=3)
     if outputs >= 16 * target.multiprocessors:
         return DecodeRowsTile(warps=4, repeat=2, unroll=4, programs=4)
-    return DecodeRowsTile(warps=4, repeat=1, unroll=6, programs=4)
+    if inputs <= outputs:
+        # The heads' projection: every warp merges the heads' parts for itself, so few of them.
+        return DecodeRowsTile(warps=4, repeat=2, unroll=6 if rows == 1 else 4, programs=4)
+    return DecodeRowsTile(warps=4, repeat=1, unroll=12 if rows == 1 else 6, programs=4)
 
 
 def decode_rows_keep(rows: int, inputs: int) -> bool:
@@ -145,7 +154,7 @@ def persistent_splits(rows: int, heads: int, positions: int, head_size: int, pro
     """
     block = engine_attention(2, head_size).block_s
     contexts = [-(-positions // (part * block)) for part in (1, 2, 4)]
-    most = min(32 // rows, 16, contexts[0])
+    most = min(FEW_PARTS // rows if rows <= 2 else 8, contexts[0])
 
     def walked(splits: int) -> int:
         items = -(-rows * heads * splits // programs)

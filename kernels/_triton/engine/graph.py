@@ -39,20 +39,21 @@ def _qkv_kernel(
     slots_ptr, offsets_ptr, lengths_ptr, slots, capacity, eps,
     C: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
     WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, KEEP: tl.constexpr,
-    PDL: tl.constexpr,
+    ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`phases.qkv`; grid: (programs,)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     first = phases.first_weights(
-        program, programs, weight_ptr, scale_ptr, layer, 3 * C, C, BITS, WARPS, REPEAT, UNROLL
-    )
+        program, programs, weight_ptr, scale_ptr, bias_ptr, norm_ptr, layer,
+        3 * C, C, BITS, WARPS, REPEAT, UNROLL, ONCE, KEEP,
+    )  # fmt: skip
     allow_next(PDL)
     wait_for_previous(PDL)
     phases.qkv(
         program, programs, layer, first,
         x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, query_ptr, cache_ptr,
         slots_ptr, offsets_ptr, lengths_ptr, slots, capacity, eps,
-        C, HEADS, ROWS, BITS, WARPS, REPEAT, UNROLL, KEEP,
+        C, HEADS, ROWS, BITS, WARPS, REPEAT, UNROLL, KEEP, ONCE,
     )  # fmt: skip
 
 
@@ -61,19 +62,20 @@ def _fc_kernel(
     layer, x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, inner_ptr, eps,
     C: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
     WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, KEEP: tl.constexpr,
-    PDL: tl.constexpr,
+    ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """`phases.fc`; grid: (programs,)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     first = phases.first_weights(
-        program, programs, weight_ptr, scale_ptr, layer, N, C, BITS, WARPS, REPEAT, UNROLL
-    )
+        program, programs, weight_ptr, scale_ptr, bias_ptr, norm_ptr, layer,
+        N, C, BITS, WARPS, REPEAT, UNROLL, ONCE, KEEP,
+    )  # fmt: skip
     allow_next(PDL)
     wait_for_previous(PDL)
     phases.fc(
         program, programs, layer, first,
         x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, inner_ptr, eps,
-        C, N, ROWS, BITS, WARPS, REPEAT, UNROLL, KEEP,
+        C, N, ROWS, BITS, WARPS, REPEAT, UNROLL, KEEP, ONCE,
     )  # fmt: skip
 
 
@@ -82,19 +84,21 @@ def _add_kernel(
     layer, input_ptr, sums_ptr, weight_ptr, scale_ptr, bias_ptr, x_ptr,
     N: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BITS: tl.constexpr,
-    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`phases.add`; grid: (programs,)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     first = phases.first_weights(
-        program, programs, weight_ptr, scale_ptr, layer, N, K, BITS, WARPS, REPEAT, UNROLL
-    )
+        program, programs, weight_ptr, scale_ptr, bias_ptr, None, layer,
+        N, K, BITS, WARPS, REPEAT, UNROLL, ONCE, False,
+    )  # fmt: skip
     allow_next(PDL)
     wait_for_previous(PDL)
     phases.add(
         program, programs, layer, first,
         input_ptr, sums_ptr, weight_ptr, scale_ptr, bias_ptr, x_ptr,
-        N, K, HEADS, SPLITS, ROWS, BITS, WARPS, REPEAT, UNROLL,
+        N, K, HEADS, SPLITS, ROWS, BITS, WARPS, REPEAT, UNROLL, ONCE,
     )  # fmt: skip
 
 
@@ -109,8 +113,9 @@ def _head_kernel(
     """`phases.head`; grid: (programs,)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     first = phases.first_weights(
-        program, programs, weight_ptr, scale_ptr, program * 0, N, C, BITS, WARPS, REPEAT, UNROLL
-    )
+        program, programs, weight_ptr, scale_ptr, None, None, program * 0,
+        N, C, BITS, WARPS, REPEAT, UNROLL, False, False,
+    )  # fmt: skip
     allow_next(PDL)
     wait_for_previous(PDL)
     phases.head(
@@ -123,17 +128,19 @@ def _head_kernel(
 def _rows_launch(matrix: Matrix, rows: int) -> tuple[int, dict[str, int]]:
     """How many programs multiply the matrix with so many rows, and their tile."""
     target = current_target(matrix.data.device)
-    tile = configs.decode_rows_tile(matrix.outputs, rows, target)
+    tile = configs.decode_rows_tile(matrix.outputs, matrix.inputs, rows, target)
     needed = triton.cdiv(matrix.outputs, tile.warps * tile.repeat)
+    programs = min(needed, tile.programs * target.multiprocessors)
     constants = {
         "ROWS": rows,
         "BITS": matrix.bits,
         "WARPS": tile.warps,
         "REPEAT": tile.repeat,
         "UNROLL": tile.unroll,
+        "ONCE": programs == needed,
         "num_warps": tile.warps,
     }
-    return min(needed, tile.programs * target.multiprocessors), constants
+    return programs, constants
 
 
 def shares(weights: DecodeWeights, rows: int) -> tuple[int, int]:
@@ -206,6 +213,7 @@ def launch_head(weights: DecodeWeights, buffers: StepBuffers, greedy: bool, pdl:
     """``residual`` to ``logits`` or ``best_*``."""
     matrix, width = weights.head, weights.head.inputs
     programs, constants = _rows_launch(matrix, buffers.rows)
+    del constants["ONCE"]  # its programs go over it in a loop
     _head_kernel[(programs,)](
         buffers.residual, weights.ln_f, *matrix.operands[:2], buffers.logits,
         buffers.best_value, buffers.best_index, buffers.best_sum, weights.eps,

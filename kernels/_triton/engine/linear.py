@@ -39,6 +39,18 @@ def lanes_of(bits):
     return {32: 128, 16: 256, 8: 256, 4: 512}[bits]
 
 
+@triton.constexpr_function
+def at_once(outputs, programs, warps, repeat):
+    """Whether the programs multiply all their outputs at a time, without a loop."""
+    return -(-outputs // programs) <= warps * repeat
+
+
+@triton.constexpr_function
+def norm_ahead(inputs, bits):
+    """Whether LayerNorm's weights are loaded before the rows are there: 8 registers a tile."""
+    return inputs <= 4 * {32: 128, 16: 256, 8: 256, 4: 512}[bits]
+
+
 @triton.jit
 def share_of(program, programs, total):
     """The program's part [low, high) of ``total``: contiguous, and equal to one more or less."""
@@ -117,6 +129,33 @@ def load_row(ptr, chunk: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, LAN
 
 
 @triton.jit
+def load_norm(norm_ptr, K: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr):
+    """LayerNorm's weight and bias of each tile of K, as stored: norm ``[2, K]``."""
+    norm = ()
+    for chunk in tl.static_range((K + LANES - 1) // LANES):
+        offs_k = tl.broadcast_to(chunk * LANES + tl.arange(0, LANES)[None, :], (WARPS, LANES))
+        mask = offs_k < K
+        for part in tl.static_range(2):
+            if (chunk + 1) * LANES > K:
+                norm += (tl.load(norm_ptr + part * K + offs_k, mask=mask, other=0.0),)
+            else:
+                norm += (tl.load(norm_ptr + part * K + offs_k),)
+    return norm
+
+
+@triton.jit
+def load_bias(
+    bias_ptr, start, high, WARPS: tl.constexpr, REPEAT: tl.constexpr
+):  # fmt: skip
+    """The bias of outputs start .. start + REPEAT * WARPS, as stored, in the order of results."""
+    biases = ()
+    for repeat in tl.static_range(REPEAT):
+        offs_n = start + repeat * WARPS + tl.arange(0, WARPS)
+        biases += (tl.load(bias_ptr + offs_n, mask=offs_n < high, other=0.0),)
+    return biases
+
+
+@triton.jit
 def normalize_tile(
     x, mean, rstd, norm_ptr,
     chunk: tl.constexpr, K: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
@@ -129,38 +168,53 @@ def normalize_tile(
 
 @triton.jit
 def normalize_inputs(
-    x_ptr, norm_ptr, eps,
+    x_ptr, norm, norm_ptr, eps,
     K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of rows x ``[ROWS, K]``, in two passes over a row in registers.
+    """Statistics of rows x ``[ROWS, K]``, from one pass over each; norm: `load_norm`'s, or ().
+
+    Sums and sums of squares are of what a row differs from its first element, so that one chain of
+    exchanges between threads serves both, and a large mean costs no digits.
 
     Returns:
         KEEP: the tiles of all normalised rows, row by row. Otherwise mean and 1 / sqrt(var + eps)
         of each row, ``[WARPS, 1]``.
     """
     CHUNKS: tl.constexpr = (K + LANES - 1) // LANES
+    weights = norm
+    if KEEP and len(norm) == 0:
+        # Before the statistics, which take as long as these loads.
+        weights = load_norm(norm_ptr, K, WARPS, LANES)
     kept = ()
     for row in tl.static_range(ROWS):
         x = ()
-        total = tl.zeros((WARPS, LANES), tl.float32)
         for chunk in tl.static_range(CHUNKS):
             x += (load_row(x_ptr + row * K, chunk, K, WARPS, LANES),)
-            total += x[chunk]
-        mean = tl.sum(total, 1, keep_dims=True) / K
+        shift = tl.load(x_ptr + row * K)
+        total = tl.zeros((WARPS, LANES), tl.float32)
         squares = tl.zeros((WARPS, LANES), tl.float32)
+        moved = ()
         for chunk in tl.static_range(CHUNKS):
-            centred = x[chunk] - mean
+            tile = x[chunk] - shift
             if (chunk + 1) * LANES > K:
-                centred = tl.where(chunk * LANES + tl.arange(0, LANES)[None, :] < K, centred, 0.0)
-            squares += centred * centred
-        rstd = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / K + eps)
+                tile = tl.where(chunk * LANES + tl.arange(0, LANES)[None, :] < K, tile, 0.0)
+            moved += (tile,)
+            total += tile
+            squares += tile * tile
+        mean = tl.sum(total, 1, keep_dims=True) * (1.0 / K)
+        second = tl.sum(squares, 1, keep_dims=True) * (1.0 / K)
+        # NaN stays NaN.
+        variance = second - mean * mean
+        variance = tl.where(variance < 0.0, 0.0, variance)
+        rstd = tl.rsqrt(variance + eps)
         if KEEP:
             for chunk in tl.static_range(CHUNKS):
-                tile = normalize_tile(x[chunk], mean, rstd, norm_ptr, chunk, K, WARPS, LANES)
-                kept += (tile,)
+                weight = weights[2 * chunk].to(tl.float32)
+                bias = weights[2 * chunk + 1].to(tl.float32)
+                kept += ((moved[chunk] - mean) * rstd * weight + bias,)
         else:
-            kept += (mean, rstd)
+            kept += (mean + shift, rstd)
     return kept
 
 
@@ -170,18 +224,67 @@ def merge_inputs(
     K: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
     WARPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of rows of merged heads, of which attention left SPLITS parts."""
+    """The tiles of rows of merged heads, of which attention left SPLITS parts.
+
+    Every warp merges all of them for itself: dividing the work would take exchanges through shared
+    memory, two barriers each. All loads stand before the first use of one, and parts are of the
+    activations' dtype, so that few loads are to be waited for.
+    """
+    HEAD_SIZE: tl.constexpr = K // HEADS
+    OWN: tl.constexpr = LANES // 32
+    CHUNKS: tl.constexpr = (K + LANES - 1) // LANES
     kept = ()
     for row in tl.static_range(ROWS):
-        for chunk in tl.static_range((K + LANES - 1) // LANES):
-            # One row of the tile: the warps divide the work, and then exchange it.
-            offs_k = chunk * LANES + tl.arange(0, LANES)[None, :]
-            tile = merged_heads(
-                partial_ptr, sums_ptr, row, offs_k, offs_k < K, HEADS, K // HEADS, SPLITS
-            )
-            tile = tl.where(offs_k < K, tile, 0.0)
-            kept += (tl.broadcast_to(tile, (WARPS, LANES)),)
+        if HEAD_SIZE % OWN == 0:
+            # A thread's channels are of one head: one load of a sum serves them.
+            logs, parts = (), ()
+            for chunk in tl.static_range(CHUNKS):
+                # In one dimension Triton has no choice how to deal out the loads to threads: it
+                # would otherwise exchange them through shared memory.
+                first = chunk * LANES + tl.arange(0, WARPS * 32) % 32 * OWN
+                place = (row * HEADS + first // HEAD_SIZE) * SPLITS
+                for split in tl.static_range(SPLITS):
+                    logs += (tl.load(sums_ptr + place + split, mask=first < K, other=0.0),)
+            for chunk in tl.static_range(CHUNKS):
+                offs_k = tl.broadcast_to(
+                    chunk * LANES + tl.arange(0, LANES)[None, :], (WARPS, LANES)
+                )
+                head = (row * HEADS + offs_k // HEAD_SIZE) * (SPLITS * HEAD_SIZE)
+                part_ptrs = partial_ptr + head + offs_k % HEAD_SIZE
+                for split in tl.static_range(SPLITS):
+                    if (chunk + 1) * LANES > K:
+                        part = tl.load(part_ptrs + split * HEAD_SIZE, mask=offs_k < K, other=0.0)
+                    else:
+                        part = tl.load(part_ptrs + split * HEAD_SIZE)
+                    parts += (part,)
+            for chunk in tl.static_range(CHUNKS):
+                largest = logs[chunk * SPLITS]
+                for split in tl.static_range(1, SPLITS):
+                    largest = tl.maximum(largest, logs[chunk * SPLITS + split])
+                total = tl.zeros((WARPS * 32,), tl.float32)
+                tile = tl.zeros((WARPS, LANES), tl.float32)
+                for split in tl.static_range(SPLITS):
+                    # finite: a row's first split has a key
+                    share = tl.exp2(logs[chunk * SPLITS + split] - largest)
+                    total += share
+                    tile += parts[chunk * SPLITS + split].to(tl.float32) * _spread(share, WARPS, OWN)
+                kept += (tile * _spread(1.0 / total, WARPS, OWN),)
+        else:
+            for chunk in tl.static_range(CHUNKS):
+                offs_k = chunk * LANES + tl.arange(0, LANES)[None, :]
+                tile = merged_heads(
+                    partial_ptr, sums_ptr, row, offs_k, offs_k < K, HEADS, HEAD_SIZE, SPLITS
+                )
+                tile = tl.where(offs_k < K, tile, 0.0)
+                kept += (tl.broadcast_to(tile, (WARPS, LANES)),)
     return kept
+
+
+@triton.jit
+def _spread(value, WARPS: tl.constexpr, OWN: tl.constexpr):
+    """A value a thread for each of the thread's OWN elements of a tile ``[WARPS, 32 * OWN]``."""
+    value = tl.broadcast_to(tl.reshape(value, (WARPS, 32, 1)), (WARPS, 32, OWN))
+    return tl.reshape(value, (WARPS, 32 * OWN))
 
 
 @triton.jit
@@ -225,7 +328,7 @@ def multiply(
     first, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, start, high,
     K: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
     WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr,
-    KEEP: tl.constexpr, NORM: tl.constexpr,
+    KEEP: tl.constexpr, NORM: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """Inner products of ROWS rows with the outputs of which ``first`` is the first sweep.
 
@@ -233,8 +336,8 @@ def multiply(
     LayerNorm: `normalize_inputs` then made ``kept``, of the same rows.
 
     Returns:
-        float32 ``[WARPS]`` for each of REPEAT outputs a warp and each row, in this order; and the
-        first sweep of the outputs REPEAT * WARPS further on.
+        float32 ``[WARPS]`` for each of REPEAT outputs a warp and each row, in this order; and,
+        unless ONCE, the first sweep of the outputs REPEAT * WARPS further on.
     """
     CHUNKS: tl.constexpr = (K + LANES - 1) // LANES
     SWEEPS: tl.constexpr = (CHUNKS + UNROLL - 1) // UNROLL
@@ -243,12 +346,14 @@ def multiply(
         acc += (tl.zeros((WARPS, LANES), tl.float32),)
     tiles = first
     for sweep in tl.static_range(SWEEPS):
-        ahead = load_sweep(
-            weight_ptr, scale_ptr,
-            start + REPEAT * WARPS if sweep == SWEEPS - 1 else start, high,
-            0 if sweep == SWEEPS - 1 else sweep + 1,
-            K, BITS, LANES, WARPS, REPEAT, UNROLL,
-        )  # fmt: skip
+        ahead = ()
+        if not ONCE or sweep < SWEEPS - 1:
+            ahead = load_sweep(
+                weight_ptr, scale_ptr,
+                start + REPEAT * WARPS if sweep == SWEEPS - 1 else start, high,
+                0 if sweep == SWEEPS - 1 else sweep + 1,
+                K, BITS, LANES, WARPS, REPEAT, UNROLL,
+            )  # fmt: skip
         acc = _add_products(
             acc, tiles, kept, x_ptr, norm_ptr,
             sweep * UNROLL, CHUNKS - sweep * UNROLL if sweep == SWEEPS - 1 else UNROLL,

@@ -20,7 +20,7 @@ from torch import Tensor
 from gpt2fast.kernels._triton.engine import configs, phases, sampling
 from gpt2fast.kernels._triton.engine.attention import attention_phase, combine_phase
 from gpt2fast.kernels._triton.engine.barrier import arrive, first_epoch, hold, prefetch, wait
-from gpt2fast.kernels._triton.engine.linear import share_of
+from gpt2fast.kernels._triton.engine.linear import at_once, share_of
 from gpt2fast.kernels._triton.layer_norm import append_tile
 from gpt2fast.kernels._triton.target import Target, current_target
 from gpt2fast.kernels.decode_state import RUNNING, DecodeState
@@ -91,16 +91,18 @@ def _meet(counter_ptr, epoch, PROGRAMS: tl.constexpr):
 
 @triton.jit
 def _meet_with_weights(
-    counter_ptr, epoch, program, matrix, layer,
+    counter_ptr, epoch, program, matrix, norm_ptr, layer,
     N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, PROGRAMS: tl.constexpr,
-    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr,
+    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, ONCE: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """A barrier, and the first weights of the phase behind it, asked for before the waiting."""
     if PROGRAMS > 1:
         arrive(counter_ptr)
     loaded = phases.first_weights(
-        program, PROGRAMS, matrix[0], matrix[1], layer, N, K, BITS, WARPS, REPEAT, UNROLL
-    )
+        program, PROGRAMS, matrix[0], matrix[1], matrix[2], norm_ptr, layer,
+        N, K, BITS, WARPS, REPEAT, UNROLL, ONCE, NORM,
+    )  # fmt: skip
     first = loaded
     if PROGRAMS > 1:
         epoch = wait(counter_ptr, epoch, PROGRAMS)
@@ -202,8 +204,9 @@ def _decode_kernel(
         for number in tl.range(0, layers, num_stages=1):
             layer = tl.cast(number, tl.int32)  # a Python number in the interpreter
             epoch, first = _meet_with_weights(
-                counter_ptr, epoch, program, qkv, layer,
+                counter_ptr, epoch, program, qkv, weights.ln_1, layer,
                 3 * C, C, BITS, PROGRAMS, WARPS, QKV_REPEAT, QKV_UNROLL,
+                at_once(3 * C, PROGRAMS, WARPS, QKV_REPEAT), KEEP,
             )  # fmt: skip
             _prefetch(program, out, layer, C, C, BITS, PROGRAMS, MOST, BULK)
             phases.qkv(
@@ -211,6 +214,7 @@ def _decode_kernel(
                 buffers.residual, weights.ln_1, qkv[0], qkv[1], qkv[2], buffers.query, cache_ptr,
                 buffers.slots, buffers.offsets, state.lengths, slots, capacity, eps,
                 C, HEADS, ROWS, BITS, WARPS, QKV_REPEAT, QKV_UNROLL, KEEP,
+                at_once(3 * C, PROGRAMS, WARPS, QKV_REPEAT),
             )  # fmt: skip
             epoch = _meet(counter_ptr, epoch, PROGRAMS)
             _prefetch(program, fc, layer, F, C, BITS, PROGRAMS, MOST, BULK)
@@ -228,8 +232,9 @@ def _decode_kernel(
                     ROWS, HEADS, C // HEADS, SPLITS, COMBINE_BLOCK,
                 )  # fmt: skip
             epoch, first = _meet_with_weights(
-                counter_ptr, epoch, program, out, layer,
+                counter_ptr, epoch, program, out, None, layer,
                 C, C, BITS, PROGRAMS, WARPS, OUT_REPEAT, OUT_UNROLL,
+                at_once(C, PROGRAMS, WARPS, OUT_REPEAT), False,
             )  # fmt: skip
             _prefetch(program, proj, layer, C, F, BITS, PROGRAMS, MOST, BULK)
             phases.add(
@@ -237,10 +242,12 @@ def _decode_kernel(
                 buffers.partial if MERGE else buffers.merged, buffers.sums,
                 out[0], out[1], out[2], buffers.residual,
                 C, C, HEADS, SPLITS if MERGE else 1, ROWS, BITS, WARPS, OUT_REPEAT, OUT_UNROLL,
+                at_once(C, PROGRAMS, WARPS, OUT_REPEAT),
             )  # fmt: skip
             epoch, first = _meet_with_weights(
-                counter_ptr, epoch, program, fc, layer,
+                counter_ptr, epoch, program, fc, weights.ln_2, layer,
                 F, C, BITS, PROGRAMS, WARPS, FC_REPEAT, FC_UNROLL,
+                at_once(F, PROGRAMS, WARPS, FC_REPEAT), KEEP,
             )  # fmt: skip
             if layer + 1 < layers:
                 _prefetch(program, qkv, layer + 1, 3 * C, C, BITS, PROGRAMS, MOST, BULK)
@@ -250,19 +257,22 @@ def _decode_kernel(
                 program, PROGRAMS, layer, first,
                 buffers.residual, weights.ln_2, fc[0], fc[1], fc[2], buffers.inner, eps,
                 C, F, ROWS, BITS, WARPS, FC_REPEAT, FC_UNROLL, KEEP,
+                at_once(F, PROGRAMS, WARPS, FC_REPEAT),
             )  # fmt: skip
             epoch, first = _meet_with_weights(
-                counter_ptr, epoch, program, proj, layer,
+                counter_ptr, epoch, program, proj, None, layer,
                 C, F, BITS, PROGRAMS, WARPS, PROJ_REPEAT, PROJ_UNROLL,
+                at_once(C, PROGRAMS, WARPS, PROJ_REPEAT), False,
             )  # fmt: skip
             phases.add(
                 program, PROGRAMS, layer, first, buffers.inner, None,
                 proj[0], proj[1], proj[2], buffers.residual,
                 C, F, HEADS, 1, ROWS, BITS, WARPS, PROJ_REPEAT, PROJ_UNROLL,
+                at_once(C, PROGRAMS, WARPS, PROJ_REPEAT),
             )  # fmt: skip
         epoch, first = _meet_with_weights(
-            counter_ptr, epoch, program, head, program * 0,
-            V, C, HEAD_BITS, PROGRAMS, WARPS, HEAD_REPEAT, HEAD_UNROLL,
+            counter_ptr, epoch, program, head, None, program * 0,
+            V, C, HEAD_BITS, PROGRAMS, WARPS, HEAD_REPEAT, HEAD_UNROLL, False, False,
         )  # fmt: skip
         # Between the steps' commits, so all programs see the same.
         runs = (step + 1 < steps) & _any_runs(buffers.slots, state.status, ROWS)

@@ -27,9 +27,12 @@ import triton.language as tl
 from gpt2fast.kernels._triton.common import LOG2_E, gelu
 from gpt2fast.kernels._triton.engine.linear import (
     lanes_of,
+    load_bias,
+    load_norm,
     load_sweep,
     merge_inputs,
     multiply,
+    norm_ahead,
     normalize_inputs,
     share_of,
 )
@@ -90,16 +93,62 @@ def of_layer(
 
 @triton.jit
 def first_weights(
-    program, programs, weight_ptr, scale_ptr, layer,
+    program, programs, weight_ptr, scale_ptr, bias_ptr, norm_ptr, layer,
     N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
-    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr,
+    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, ONCE: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the weights that the phase's program multiplies first: a tuple of tiles as stored."""
+    """Ask for the weights that the phase's program multiplies first: a tuple of tiles as stored.
+
+    ONCE: behind them its biases and, with NORM, LayerNorm's weights where `norm_ahead`: they come
+    from memory as the weights do, and whoever asks for them later waits as long again.
+    """
     low, high = share_of(program, programs, N)
     weight_ptr, scale_ptr = of_layer(weight_ptr, scale_ptr, layer, N, K, BITS)
-    return load_sweep(
+    first = load_sweep(
         weight_ptr, scale_ptr, low, high, 0, K, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL
     )
+    if ONCE:
+        first += load_bias(bias_ptr + layer * N, low, high, WARPS, REPEAT)
+        if NORM and norm_ahead(K, BITS):
+            first += load_norm(norm_ptr + layer * (2 * K), K, WARPS, lanes_of(BITS))
+    return first
+
+
+@triton.jit
+def biases_of(
+    first, bias_ptr, start, high,
+    K: tl.constexpr, BITS: tl.constexpr,
+    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    """The biases of outputs from ``start`` on, out of `first_weights` where ONCE."""
+    if ONCE:
+        biases = ()
+        for repeat in tl.static_range(REPEAT):
+            biases += (first[_tiles(K, BITS, REPEAT, UNROLL) + repeat],)
+        return biases
+    else:
+        return load_bias(bias_ptr, start, high, WARPS, REPEAT)
+
+
+@triton.jit
+def norm_of(
+    first, K: tl.constexpr, BITS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm's weights, if they are among `first_weights`: AHEAD, ONCE and kept rows."""
+    norm = ()
+    if AHEAD and norm_ahead(K, BITS):
+        for index in tl.static_range((K + lanes_of(BITS) - 1) // lanes_of(BITS) * 2):
+            norm += (first[_tiles(K, BITS, REPEAT, UNROLL) + REPEAT + index],)
+    return norm
+
+
+@triton.constexpr_function
+def _tiles(inputs, bits, repeat, unroll):
+    """How many a sweep has: `linear.load_sweep`."""
+    lanes = {32: 128, 16: 256, 8: 256, 4: 512}[bits]
+    return repeat * min(unroll, -(-inputs // lanes)) * (2 if bits == 4 else 1)
 
 
 @triton.jit
@@ -137,6 +186,7 @@ def qkv(
     slots_ptr, offsets_ptr, lengths_ptr, slots, capacity, eps,
     C: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
     WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, KEEP: tl.constexpr,
+    ONCE: tl.constexpr,
 ):  # fmt: skip
     """Queries ``[M, C]``, and keys and values into the cache at the rows' slots and positions."""
     N: tl.constexpr = 3 * C
@@ -147,23 +197,49 @@ def qkv(
     places = ()
     for row in tl.static_range(ROWS):
         places += (position_of(slots_ptr, offsets_ptr, lengths_ptr, row),)
-    kept = normalize_inputs(x_ptr, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
-    tiles = first
-    for start in range(low, high, REPEAT * WARPS):
-        results, tiles = multiply(
-            tiles, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, start, high,
-            C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True,
+    norm = norm_of(first, C, BITS, REPEAT, UNROLL, ONCE and KEEP)
+    kept = normalize_inputs(x_ptr, norm, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
+    if ONCE:
+        results, _ = multiply(
+            first, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, low, high,
+            C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True, True,
         )  # fmt: skip
-        for repeat in tl.static_range(REPEAT):
-            offs_n = start + repeat * WARPS + tl.arange(0, WARPS)
-            mask = offs_n < high
-            bias = tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
-            for row in tl.static_range(ROWS):
-                store_qkv(
-                    results[repeat * ROWS + row] + bias, offs_n, mask, row,
-                    places[row][0], places[row][1], layer, query_ptr, cache_ptr, slots, capacity,
-                    C, HEADS,
-                )  # fmt: skip
+        biases = biases_of(first, bias_ptr, low, high, C, BITS, WARPS, REPEAT, UNROLL, True)
+        _store_results(
+            results, biases, places, low, high, layer, query_ptr, cache_ptr, slots, capacity,
+            C, HEADS, ROWS, WARPS, REPEAT,
+        )  # fmt: skip
+    else:
+        tiles = first
+        for start in range(low, high, REPEAT * WARPS):
+            biases = load_bias(bias_ptr, start, high, WARPS, REPEAT)
+            results, tiles = multiply(
+                tiles, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, start, high,
+                C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True, False,
+            )  # fmt: skip
+            _store_results(
+                results, biases, places, start, high, layer, query_ptr, cache_ptr, slots, capacity,
+                C, HEADS, ROWS, WARPS, REPEAT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _store_results(
+    results, biases, places, start, high, layer, query_ptr, cache_ptr, slots, capacity,
+    C: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    WARPS: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    """`store_qkv` of what `multiply` gives for all rows."""
+    for repeat in tl.static_range(REPEAT):
+        offs_n = start + repeat * WARPS + tl.arange(0, WARPS)
+        mask = offs_n < high
+        bias = biases[repeat].to(tl.float32)
+        for row in tl.static_range(ROWS):
+            store_qkv(
+                results[repeat * ROWS + row] + bias, offs_n, mask, row,
+                places[row][0], places[row][1], layer, query_ptr, cache_ptr, slots, capacity,
+                C, HEADS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -172,27 +248,46 @@ def fc(
     x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, inner_ptr, eps,
     C: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
     WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, KEEP: tl.constexpr,
+    ONCE: tl.constexpr,
 ):  # fmt: skip
     """inner ``[M, N]`` = gelu(LN_2(x) W + b)."""
     low, high = share_of(program, programs, N)
     weight_ptr, scale_ptr = of_layer(weight_ptr, scale_ptr, layer, N, C, BITS)
     norm_ptr += layer * (2 * C)
     bias_ptr += layer * N
-    kept = normalize_inputs(x_ptr, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
-    tiles = first
-    for start in range(low, high, REPEAT * WARPS):
-        results, tiles = multiply(
-            tiles, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, start, high,
-            C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True,
+    norm = norm_of(first, C, BITS, REPEAT, UNROLL, ONCE and KEEP)
+    kept = normalize_inputs(x_ptr, norm, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
+    if ONCE:
+        results, _ = multiply(
+            first, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, low, high,
+            C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True, True,
         )  # fmt: skip
-        for repeat in tl.static_range(REPEAT):
-            offs_n = start + repeat * WARPS + tl.arange(0, WARPS)
-            mask = offs_n < high
-            bias = tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
-            for row in tl.static_range(ROWS):
-                value = gelu(results[repeat * ROWS + row] + bias)
-                inner_ptrs = inner_ptr + row * N + offs_n
-                tl.store(inner_ptrs, value.to(inner_ptr.dtype.element_ty), mask=mask)
+        biases = biases_of(first, bias_ptr, low, high, C, BITS, WARPS, REPEAT, UNROLL, True)
+        _store_inner(results, biases, low, high, inner_ptr, N, ROWS, WARPS, REPEAT)
+    else:
+        tiles = first
+        for start in range(low, high, REPEAT * WARPS):
+            biases = load_bias(bias_ptr, start, high, WARPS, REPEAT)
+            results, tiles = multiply(
+                tiles, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, start, high,
+                C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True, False,
+            )  # fmt: skip
+            _store_inner(results, biases, start, high, inner_ptr, N, ROWS, WARPS, REPEAT)
+
+
+@triton.jit
+def _store_inner(
+    results, biases, start, high, inner_ptr,
+    N: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    """Bias and gelu of what `multiply` gives, to inner ``[M, N]``."""
+    for repeat in tl.static_range(REPEAT):
+        offs_n = start + repeat * WARPS + tl.arange(0, WARPS)
+        bias = biases[repeat].to(tl.float32)
+        for row in tl.static_range(ROWS):
+            value = gelu(results[repeat * ROWS + row] + bias)
+            inner_ptrs = inner_ptr + row * N + offs_n
+            tl.store(inner_ptrs, value.to(inner_ptr.dtype.element_ty), mask=offs_n < high)
 
 
 @triton.jit
@@ -201,7 +296,7 @@ def add(
     input_ptr, sums_ptr, weight_ptr, scale_ptr, bias_ptr, x_ptr,
     N: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BITS: tl.constexpr,
-    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr,
+    WARPS: tl.constexpr, REPEAT: tl.constexpr, UNROLL: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """x ``[M, N]`` += input W + b, in place.
 
@@ -215,20 +310,52 @@ def add(
     kept = ()
     if MERGE:
         kept = merge_inputs(input_ptr, sums_ptr, K, HEADS, SPLITS, ROWS, WARPS, lanes_of(BITS))
-    tiles = first
-    for start in range(low, high, REPEAT * WARPS):
-        results, tiles = multiply(
-            tiles, kept, input_ptr, None, weight_ptr, scale_ptr, start, high,
-            K, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, MERGE, False,
+    if ONCE:
+        before = _load_rows(x_ptr, low, high, N, ROWS, WARPS, REPEAT)
+        results, _ = multiply(
+            first, kept, input_ptr, None, weight_ptr, scale_ptr, low, high,
+            K, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, MERGE, False, True,
         )  # fmt: skip
-        for repeat in tl.static_range(REPEAT):
-            offs_n = start + repeat * WARPS + tl.arange(0, WARPS)
-            mask = offs_n < high
-            bias = tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
-            for row in tl.static_range(ROWS):
-                x_ptrs = x_ptr + row * N + offs_n
-                x = tl.load(x_ptrs, mask=mask, other=0.0)
-                tl.store(x_ptrs, x + (results[repeat * ROWS + row] + bias), mask=mask)
+        biases = biases_of(first, bias_ptr, low, high, K, BITS, WARPS, REPEAT, UNROLL, True)
+        _store_sums(before, results, biases, low, high, x_ptr, N, ROWS, WARPS, REPEAT)
+    else:
+        tiles = first
+        for start in range(low, high, REPEAT * WARPS):
+            before = _load_rows(x_ptr, start, high, N, ROWS, WARPS, REPEAT)
+            biases = load_bias(bias_ptr, start, high, WARPS, REPEAT)
+            results, tiles = multiply(
+                tiles, kept, input_ptr, None, weight_ptr, scale_ptr, start, high,
+                K, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, MERGE, False, False,
+            )  # fmt: skip
+            _store_sums(before, results, biases, start, high, x_ptr, N, ROWS, WARPS, REPEAT)
+
+
+@triton.jit
+def _load_rows(
+    x_ptr, start, high,
+    N: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    """Of x ``[M, N]`` what is added to, in the order of `multiply`'s results."""
+    values = ()
+    for repeat in tl.static_range(REPEAT):
+        offs_n = start + repeat * WARPS + tl.arange(0, WARPS)
+        for row in tl.static_range(ROWS):
+            values += (tl.load(x_ptr + row * N + offs_n, mask=offs_n < high, other=0.0),)
+    return values
+
+
+@triton.jit
+def _store_sums(
+    before, results, biases, start, high, x_ptr,
+    N: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    """What was there, what `multiply` gives, and the bias, to x ``[M, N]``."""
+    for repeat in tl.static_range(REPEAT):
+        offs_n = start + repeat * WARPS + tl.arange(0, WARPS)
+        bias = biases[repeat].to(tl.float32)
+        for row in tl.static_range(ROWS):
+            value = before[repeat * ROWS + row] + (results[repeat * ROWS + row] + bias)
+            tl.store(x_ptr + row * N + offs_n, value, mask=offs_n < high)
 
 
 @triton.jit
@@ -272,7 +399,7 @@ def head(
     exp(logit - largest) (best_sum float32), each ``[M, programs]``.
     """
     low, high = share_of(program, programs, N)
-    kept = normalize_inputs(x_ptr, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
+    kept = normalize_inputs(x_ptr, (), norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
     best = ()
     for _ in tl.static_range(ROWS):
         top = tl.full([WARPS], -float("inf"), tl.float32)
@@ -281,7 +408,7 @@ def head(
     for start in range(low, high, REPEAT * WARPS):
         results, tiles = multiply(
             tiles, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, start, high,
-            C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True,
+            C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True, False,
         )  # fmt: skip
         for repeat in tl.static_range(REPEAT):
             offs_n = start + repeat * WARPS + tl.arange(0, WARPS)
