@@ -148,7 +148,9 @@ def _attend(
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     out = F.scaled_dot_product_attention(
-        *map(_aligned, (q, kv[0], kv[1])),
+        _aligned(q),
+        _aligned(kv[0]),
+        _aligned(kv[1]),
         attn_mask=mask,
         dropout_p=dropout_p,
         is_causal=bool(mask is None and query_length > 1),
