@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2fast import kernels
+from gpt2fast import kernels, replay
 from gpt2fast.base import PreTrainedModel
 from gpt2fast.cache import KVCache, is_foreign
 from gpt2fast.config import GPT2Config
@@ -102,6 +102,33 @@ class GPT2Model(PreTrainedModel):
         recompute = self.gradient_checkpointing and self.training
         if recompute:
             use_cache = False  # the past would be built twice, and keep what is to be dropped
+        if (
+            type(self) is GPT2Model
+            and input_ids is not None
+            and not (
+                torch.is_grad_enabled()
+                or torch.compiler.is_compiling()
+                or output_attentions
+                or output_hidden_states
+                or past_key_values is not None
+                or attention_mask is not None
+                or token_type_ids is not None
+                or position_ids is not None
+                or inputs_embeds is not None
+                or head_mask is not None
+            )
+        ):
+            found = replay.replayed(self, input_ids, use_cache)
+            if found is not None:
+                hidden, cache = found
+                return as_returned(
+                    BaseModelOutput(
+                        last_hidden_state=hidden.view(*input_ids.shape, hidden.shape[-1]),
+                        past_key_values=cache,
+                    ),
+                    return_dict,
+                    config,
+                )
         foreign = past_key_values if is_foreign(past_key_values) else None
         inputs = prepare_inputs(
             config,
@@ -166,6 +193,11 @@ class GPT2Model(PreTrainedModel):
             attentions=tuple(p.weights for p in passes) if output_attentions else None,
         )
         return as_returned(output, return_dict, config)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GPT2Model":
+        """As `torch.nn.Module`, for ``to`` and its kind; what is recorded has its memory back."""
+        replay.forget(self)
+        return super()._apply(fn, recurse)
 
     def _embed(self, inputs: ModelInputs, fuse: bool) -> tuple[Tensor, Tensor | None]:
         """``[B, T, C]``, and the first block's ``ln_1`` of it where both may be one op.

@@ -36,6 +36,7 @@ class Replayer:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self._pool: Any = None  # all graphs work in the same memory, one after the other
+        self._last: torch.cuda.Stream | None = None  # of the callers', that `ordered` has seen
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             unused = _UNUSED_STREAMS[device]
@@ -64,8 +65,25 @@ class Replayer:
             finally:
                 torch.cuda.current_stream().wait_stream(own)
 
+    @contextlib.contextmanager
+    def ordered(self) -> Iterator[None]:
+        """Within, what is recorded may be run on the caller's current stream as well.
+
+        For callers that do nothing else on this device's streams in between: they spare the two
+        waits of `stream`, which is for recording. One thread at a time.
+        """
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            # On another stream the last replay may still be at work, in the memory of this one.
+            if self._last is not None and self._last != current:
+                current.wait_stream(self._last)
+            self._last = current
+        yield
+
     def run(self, key: Hashable, work: Work) -> None:
-        """Do ``work``, which does the same whenever it comes with this key. Within `stream`.
+        """Do ``work``, which does the same whenever it comes with this key.
+
+        Within `stream`; what is recorded already, within `ordered` at least.
 
         Raises:
             torch.OutOfMemoryError: nothing of the work was done.
@@ -95,10 +113,14 @@ class Replayer:
             work()
         return graph
 
-    def forget(self) -> None:
-        """Drop all graphs, and wait for what they are doing."""
-        if self._stream is not None:
-            self._stream.synchronize()
+    def forget(self, key: Hashable = None) -> None:
+        """Drop all graphs, or that of a key, and wait for what they are doing."""
+        for stream in (self._stream, self._last):
+            if stream is not None:
+                stream.synchronize()
+        if key is not None:
+            self._graphs.pop(key, None)
+            return
         self._graphs.clear()
         self._pool = None  # it ends with the last graph that works in it
 
