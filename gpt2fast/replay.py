@@ -11,9 +11,11 @@ among them.
 
 The first pass of a shape goes through the modules: it compiles the kernels, and shapes that come
 once cost nothing. The second is recorded. Of a model's shapes `_MOST` are kept; from then on one
-has to come `_SIGHTS_WHEN_FULL` times before it displaces another, so that many shapes in turn are
-not recorded again and again. Graphs read the weights where they lie: written in place, they count;
-where a parameter or module is another one, lies elsewhere or works otherwise, all is recorded anew.
+has to come `_SIGHTS_WHEN_FULL` times before it displaces another, the next twice as often and so
+on: many shapes in turn are not recorded again and again.
+
+Graphs read the weights where they lie: written in place, they count. Where a parameter or module is
+another one, lies elsewhere or works otherwise, all is recorded anew.
 
 ``GPT2FAST_GRAPHS=0`` in the environment, read here alone, turns this off.
 """
@@ -167,6 +169,7 @@ class _Replays:
         self._changes = 0  # of the modules since a pass was recorded
         self._replayer: Any = None
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
+        self._sights_when_full = _SIGHTS_WHEN_FULL
         self._sights: OrderedDict[Hashable, int] = OrderedDict()
         self._refused: set[Hashable] = set()
         # Keys and values of all recordings lie here, one after the other in time: each is copied
@@ -192,7 +195,7 @@ class _Replays:
         self._sights[key] = sights
         if len(self._sights) > _MOST_SEEN:
             self._sights.popitem(last=False)
-        return sights >= (_SIGHTS if len(self._recordings) < _MOST else _SIGHTS_WHEN_FULL)
+        return sights >= (_SIGHTS if len(self._recordings) < _MOST else self._sights_when_full)
 
     def run(
         self, model: "GPT2Model", key: Hashable, ids: Tensor, cache: bool
@@ -239,6 +242,7 @@ class _Replays:
             oldest = next(iter(self._recordings))
             self._replayer.forget(oldest)
             del self._recordings[oldest]
+            self._sights_when_full *= 2
         # Static tensors are ordinary ones whatever mode the caller is in.
         with torch.inference_mode(False), torch.no_grad(), self._replayer.stream():
             static = torch.empty(ids.shape, dtype=torch.long, device=model.wpe.weight.device)

@@ -436,10 +436,13 @@ def test_the_least_recently_used_goes(cuda: Emulation, monkeypatch: pytest.Monke
             assert_same(model(ids), eager(model, ids))
             often = sight - replay._SIGHTS_WHEN_FULL
             assert cuda.counts() == (int(often == 0), int(often >= 0))
-        model(tokens(1, 4))
+        for _ in range(2 * replay._SIGHTS_WHEN_FULL - 1):  # the next one has to come more often
+            model(tokens(1, 4))
         assert cuda.counts() == (0, 0)
         model(tokens(1, 3))
         assert cuda.counts() == (0, 1)
+        model(tokens(1, 4))
+        assert cuda.counts() == (1, 1)
 
 
 def test_recordings_share_memory_for_keys_and_values(cuda: Emulation) -> None:
