@@ -128,6 +128,7 @@ def run(step: Step, layer: int, splits: int, block: int = 16, programs: int = 3)
     with pytest.MonkeyPatch.context() as patch, assume(Target((9, 0), programs, 227 << 10)):
         config = configs.DecodeConfig(block, warps=4, stages=1)
         patch.setattr(configs, "engine_attention", lambda *_: config)
+        patch.setattr(configs, "engine_attention_few", lambda *_: config)
         patch.setattr(configs, "ENGINE_ATTENTION_PROGRAMS", 1)
         launch_attend(weights, step.state, step.cache, buffers, layer)
         if splits > 1:

@@ -25,7 +25,7 @@ from gpt2fast.kernels._triton.engine import configs
 from gpt2fast.kernels._triton.engine.barrier import allow_next, wait_for_previous
 from gpt2fast.kernels._triton.target import Target, current_target
 from gpt2fast.kernels.decode_state import DecodeState
-from gpt2fast.kernels.decode_step import StepBuffers
+from gpt2fast.kernels.decode_step import FEW_ROWS, StepBuffers
 from gpt2fast.kernels.packing import DecodeWeights
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -82,15 +82,18 @@ def attention_phase(
             top = tl.full([BLOCK_S], -float("inf"), tl.float32)
             total = tl.zeros([BLOCK_S], tl.float32)
             acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+            # A tile is asked for in the turn before its own, or the compiler, to save registers,
+            # would take it apart into loads that wait for each other.
+            k, v = _load_keys(
+                key_ptr, value_ptr, low + offs_s, high, prefix_length, own, other, mask_d, HEAD_SIZE
+            )
             for block in range(low, high, BLOCK_S):
                 key = block + offs_s
-                allowed = key < high
-                index = (tl.where(key < prefix_length, other, own) + key)[:, None] * HEAD_SIZE
-                # What lies behind the keys may be NaN: it is not loaded.
-                mask = allowed[:, None] & mask_d[None, :]
-                k = tl.load(key_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
-                v = tl.load(value_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
-                top, total, acc = attend_one(q, k, v, allowed, top, total, acc)
+                top, total, acc = attend_one(q, k, v, key < high, top, total, acc)
+                k, v = _load_keys(
+                    key_ptr, value_ptr, key + BLOCK_S, high, prefix_length, own, other, mask_d,
+                    HEAD_SIZE,
+                )  # fmt: skip
 
             # Merge the softmaxes of a tile's key slots.
             largest = tl.max(top, 0)
@@ -106,6 +109,19 @@ def attention_phase(
                 result = result.to(partial_ptr.dtype.element_ty)
                 tl.store(partial_ptr + part * HEAD_SIZE + offs_d, result, mask=mask_d)
                 tl.store(sums_ptr + part, largest + tl.log2(whole))
+
+
+@triton.jit
+def _load_keys(
+    key_ptr, value_ptr, key, high, prefix_length, own, other, mask_d, HEAD_SIZE: tl.constexpr
+):
+    """Keys and values at positions ``key``, as far as they are < high; 0 elsewhere."""
+    index = (tl.where(key < prefix_length, other, own) + key)[:, None] * HEAD_SIZE
+    # What lies behind the keys may be NaN: it is not loaded.
+    mask = (key < high)[:, None] & mask_d[None, :]
+    k = tl.load(key_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
+    v = tl.load(value_ptr + index, mask=mask, other=0.0, cache_modifier=".cg")
+    return k, v
 
 
 @triton.jit
@@ -202,7 +218,9 @@ def launch_attend(
     _, _, slots, heads, capacity, head_size = cache.shape
     rows, splits = buffers.rows, buffers.splits
     direct = splits == 1
-    config = configs.engine_attention(cache.element_size(), head_size)
+    few = rows <= FEW_ROWS
+    config_of = configs.engine_attention_few if few else configs.engine_attention
+    config = config_of(cache.element_size(), head_size)
     programs = configs.ENGINE_ATTENTION_PROGRAMS * current_target(cache.device).multiprocessors
     _attend_kernel[(min(rows * heads * splits, programs),)](
         buffers.query, cache, weights.scales,

@@ -19,6 +19,14 @@ def engine_attention(element_size: int, head_size: int) -> DecodeConfig:
     return DecodeConfig(32 if wide else 64, warps=4, stages=1)
 
 
+def engine_attention_few(element_size: int, head_size: int) -> DecodeConfig:
+    """As `engine_attention`, of up to four rows: these have fewer programs than there are
+    multiprocessors, so each has more warps. Twice the keys would take so many registers that
+    no program could start beside those of the phase before. Predicted."""
+    config = engine_attention(element_size, head_size)
+    return DecodeConfig(config.block_s, warps=8, stages=1)
+
+
 # Programs a multiprocessor, at most; beyond, each takes several items. Predicted: what its
 # registers hold at a time.
 ENGINE_ATTENTION_PROGRAMS = 4
@@ -38,7 +46,8 @@ def engine_splits(rows: int, heads: int, keys: int, head_size: int, target: Targ
     were 16 parts: the merging took four times as long as the attention. Predicted otherwise.
     """
     most = FEW_PARTS // rows if rows <= 2 else 8 if rows == 4 else 16
-    block = engine_attention(2, head_size).block_s
+    config = engine_attention_few if rows <= 4 else engine_attention
+    block = config(2, head_size).block_s
     return min(most, 16, decode_splits(rows * heads, keys, block, target.multiprocessors))
 
 
@@ -152,7 +161,7 @@ def persistent_splits(rows: int, heads: int, positions: int, head_size: int, pro
     context and at a half and a quarter of it; splits without keys end at once. The larger of
     equals, which serves the contexts in between. Predicted.
     """
-    block = engine_attention(2, head_size).block_s
+    block = engine_attention_few(2, head_size).block_s
     contexts = [-(-positions // (part * block)) for part in (1, 2, 4)]
     most = min(FEW_PARTS // rows if rows <= 2 else 8, contexts[0])
 

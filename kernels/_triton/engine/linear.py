@@ -220,7 +220,7 @@ def normalize_inputs(
 
 @triton.jit
 def merge_inputs(
-    partial_ptr, sums_ptr,
+    partial_ptr, sums_ptr, layer,
     K: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
     WARPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -257,18 +257,14 @@ def merge_inputs(
                     else:
                         part = tl.load(part_ptrs + split * HEAD_SIZE)
                     parts += (part,)
-            for chunk in tl.static_range(CHUNKS):
-                largest = logs[chunk * SPLITS]
-                for split in tl.static_range(1, SPLITS):
-                    largest = tl.maximum(largest, logs[chunk * SPLITS + split])
-                total = tl.zeros((WARPS * 32,), tl.float32)
-                tile = tl.zeros((WARPS, LANES), tl.float32)
-                for split in tl.static_range(SPLITS):
-                    # finite: a row's first split has a key
-                    share = tl.exp2(logs[chunk * SPLITS + split] - largest)
-                    total += share
-                    tile += parts[chunk * SPLITS + split].to(tl.float32) * _spread(share, WARPS, OWN)
-                kept += (tile * _spread(1.0 / total, WARPS, OWN),)
+            merged = ()
+            for _ in tl.static_range(CHUNKS):
+                merged += (tl.zeros((WARPS, LANES), tl.float32),)
+            # Always so, but the compiler does not know: otherwise it would save registers and
+            # wait for some of the loads before it asks for others.
+            if layer >= 0:
+                merged = _merge_parts(logs, parts, CHUNKS, SPLITS, WARPS, LANES)
+            kept += merged
         else:
             for chunk in tl.static_range(CHUNKS):
                 offs_k = chunk * LANES + tl.arange(0, LANES)[None, :]
@@ -278,6 +274,29 @@ def merge_inputs(
                 tile = tl.where(offs_k < K, tile, 0.0)
                 kept += (tl.broadcast_to(tile, (WARPS, LANES)),)
     return kept
+
+
+@triton.jit
+def _merge_parts(
+    logs, parts,
+    CHUNKS: tl.constexpr, SPLITS: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The tiles of one row, from the logarithms of its parts' sums, a value a thread."""
+    tiles = ()
+    for chunk in tl.static_range(CHUNKS):
+        largest = logs[chunk * SPLITS]
+        for split in tl.static_range(1, SPLITS):
+            largest = tl.maximum(largest, logs[chunk * SPLITS + split])
+        total = tl.zeros((WARPS * 32,), tl.float32)
+        tile = tl.zeros((WARPS, LANES), tl.float32)
+        for split in tl.static_range(SPLITS):
+            # finite: a row's first split has a key
+            share = tl.exp2(logs[chunk * SPLITS + split] - largest)
+            total += share
+            part = parts[chunk * SPLITS + split].to(tl.float32)
+            tile += part * _spread(share, WARPS, LANES // 32)
+        tiles += (tile * _spread(1.0 / total, WARPS, LANES // 32),)
+    return tiles
 
 
 @triton.jit

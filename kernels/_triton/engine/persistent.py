@@ -357,7 +357,7 @@ def _launch_steps(
         PROGRAMS=programs, WARPS=configs.PERSISTENT_WARPS,
         **_tiles(weights, rows, programs, target),
         BLOCK_C=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(head_size),
-        BLOCK_S=configs.engine_attention(cache.element_size(), head_size).block_s,
+        BLOCK_S=configs.engine_attention_few(cache.element_size(), head_size).block_s,
         COMBINE_BLOCK=configs.ENGINE_COMBINE_BLOCK, PROPOSE_BLOCK=configs.ENGINE_PROPOSE_BLOCK,
         MOST=configs.PERSISTENT_AHEAD, BULK=target.has_tma,
         num_warps=configs.PERSISTENT_WARPS, launch_cooperative_grid=programs > 1,

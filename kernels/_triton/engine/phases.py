@@ -309,7 +309,9 @@ def add(
     bias_ptr += layer * N
     kept = ()
     if MERGE:
-        kept = merge_inputs(input_ptr, sums_ptr, K, HEADS, SPLITS, ROWS, WARPS, lanes_of(BITS))
+        kept = merge_inputs(
+            input_ptr, sums_ptr, layer, K, HEADS, SPLITS, ROWS, WARPS, lanes_of(BITS)
+        )
     if ONCE:
         before = _load_rows(x_ptr, low, high, N, ROWS, WARPS, REPEAT)
         results, _ = multiply(
