@@ -15,7 +15,8 @@ has to come `_SIGHTS_WHEN_FULL` times before it displaces another, the next twic
 on: many shapes in turn are not recorded again and again.
 
 Graphs read the weights where they lie: written in place, they count. Where a parameter or module is
-another one, lies elsewhere or works otherwise, all is recorded anew.
+another one, lies elsewhere or works otherwise, all is recorded anew. What a graph reads is looked
+at before it is replayed; the rest while the GPU is at work, whose result is dropped if it is stale.
 
 ``GPT2FAST_GRAPHS=0`` in the environment, read here alone, turns this off.
 """
@@ -81,6 +82,9 @@ class _Modules:
     """What a recording takes from a model's modules, and whether it is still the same.
 
     Asked at every pass, so it looks at flat lists instead of walking through the modules.
+
+    Attributes:
+        usable: whether a pass through such modules may be recorded.
     """
 
     def __init__(self, model: "GPT2Model") -> None:
@@ -114,23 +118,24 @@ class _Modules:
             and not any(m.training for m in self._modules if type(m) in _DROPPING)
         )
 
-    def unchanged(self) -> bool:
-        """Whether all is as it was when this was made; hooks are asked for by `hooked`."""
+    def same_memory(self) -> bool:
+        """Whether the parameters are the same, and where they were."""
         parameters = chain.from_iterable(map(dict.values, self._parameter_tables))
+        return [*map(id, parameters)] == self._ids and (
+            not self.usable or [*map(Tensor.data_ptr, self._parameters)] == self._addresses
+        )
+
+    def same_work(self) -> bool:
+        """Whether the modules are the same, and do what they did, but for hooks."""
         try:
-            return (
-                [*map(type, self._modules)] == self._classes
-                and [*chain.from_iterable(map(dict.values, self._tables))] == self._values
-                and [*map(id, parameters)] == self._ids
-                and (
-                    not self.usable or [*map(Tensor.data_ptr, self._parameters)] == self._addresses
-                )
+            return [*map(type, self._modules)] == self._classes and (
+                [*chain.from_iterable(map(dict.values, self._tables))] == self._values
             )
         except (RuntimeError, ValueError):  # two arrays, which do not say whether they are equal
             return False
 
     def hooked(self) -> bool:
-        """Whether somebody has hooked a module, which is to see the passes from then on."""
+        """Whether somebody has hooked a module, and is to see this pass."""
         return any(self._empty) or _has_any_global_hook()
 
 
@@ -177,11 +182,18 @@ class _Replays:
         self._room: Tensor | None = None
 
     def wants(self, model: "GPT2Model", key: Hashable) -> bool:
-        """Whether this pass is to be replayed, or recorded; it counts as seen."""
+        """Whether this pass is to be replayed, or recorded; it counts as seen.
+
+        Of one that is replayed `holds` is to be asked before its results are used.
+        """
         modules = self._modules
         if self._changes > _MOST_CHANGES:
             return False
-        if modules is None or not modules.unchanged():
+        if (
+            modules is None
+            or not modules.same_memory()
+            or not (key in self._recordings or modules.same_work())
+        ):
             self._changes += 1
             self.forget()
             modules = self._modules = _Modules(model)
@@ -197,15 +209,24 @@ class _Replays:
             self._sights.popitem(last=False)
         return sights >= (_SIGHTS if len(self._recordings) < _MOST else self._sights_when_full)
 
+    def holds(self) -> bool:
+        """Whether the modules would have computed what was replayed; if not, all is dropped."""
+        if self._modules is None or self._modules.same_work():
+            return True
+        self._modules = None
+        self.forget()
+        return False
+
     def run(
         self, model: "GPT2Model", key: Hashable, ids: Tensor, cache: bool
     ) -> tuple[Tensor, KVCache | None] | None:
         """Hidden states and cache of one pass; None where there is no memory for it."""
-        from gpt2fast.engine.runner import is_out_of_memory
-
         try:
             return self._run(model, key, ids, cache)
         except (MemoryError, RuntimeError) as error:
+            # Here, because the engine's package imports the models.
+            from gpt2fast.engine.runner import is_out_of_memory
+
             if not is_out_of_memory(error):
                 warnings.warn(
                     f"a forward pass cannot be recorded, and runs as it is: {error}", stacklevel=5
@@ -222,10 +243,9 @@ class _Replays:
     def _run(
         self, model: "GPT2Model", key: Hashable, ids: Tensor, cache: bool
     ) -> tuple[Tensor, KVCache | None]:
-        # Here, because the engine's package imports the models.
-        from gpt2fast.engine.graphs import Replayer
-
         if self._replayer is None:
+            from gpt2fast.engine.graphs import Replayer
+
             self._replayer = Replayer(model.wpe.weight.device)
         with self._replayer.ordered():
             recording = self._recordings.get(key)
@@ -354,7 +374,8 @@ def replayed(
         if not replays.wants(model, key):
             return None
         check_range("input_ids", input_ids, model.config.embedding_rows)
-        return replays.run(model, key, ids, use_cache)
+        result = replays.run(model, key, ids, use_cache)
+        return result if replays.holds() else None
 
 
 def forget(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ in, as a graph would.
 import contextlib
 import copy
 import gc
+import itertools
 import pickle
 import threading
 import weakref
@@ -271,10 +272,12 @@ def test_what_is_not_in_place_is_recorded_anew(cuda: Emulation, change: Any) -> 
     ids = warmed(cuda, model, 2, 6)
     change(model)
     want = eager(model, ids)
-    for expected in ((0, 0), (1, 1), (0, 1)):
-        with torch.no_grad():
+    with torch.no_grad():
+        for _ in range(3):  # the first may be replayed before the change is seen, and is not used
             assert_same(model(ids), want)
-        assert cuda.counts() == expected
+        assert cuda.counts()[0] == 1
+        assert_same(model(ids), want)
+    assert cuda.counts() == (0, 1)
 
 
 def test_parameters_that_change_with_every_call_are_never_recorded(cuda: Emulation) -> None:
@@ -342,8 +345,10 @@ def test_a_forward_replaced_on_an_instance_is_called(cuda: Emulation, name: str)
     with torch.no_grad():
         for _ in range(3):
             model(ids)
-    assert len(calls) == 3
-    assert cuda.counts() == (0, 0)
+    recorded, replays = cuda.counts()
+    assert not recorded
+    assert len(calls) - replays == 3  # a stand-in replays by calling the modules
+    assert not _recordings(model)
 
 
 def _with_mask(model: Any, ids: Tensor) -> Any:
@@ -418,8 +423,9 @@ def test_dropout_is_drawn_anew(cuda: Emulation) -> None:
     ids = warmed(cuda, model, 1, 6)
     model.h[1].mlp.dropout.train()
     with torch.no_grad():
-        assert not torch.equal(model(ids)[0], model(ids)[0])
-    assert cuda.counts() == (0, 0)
+        drawn = [model(ids)[0] for _ in range(4)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+    assert not cuda.counts()[0]
 
 
 def test_the_least_recently_used_goes(cuda: Emulation, monkeypatch: pytest.MonkeyPatch) -> None:
