@@ -100,6 +100,31 @@ def test_streams_wait_for_each_other(device: Device) -> None:
     assert device.log == ["own waits for current", "work", "current waits for own"]
 
 
+def test_recorded_work_on_streams_of_callers(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, without waiting where that is so anyway."""
+    replayer = Replayer(torch.device("cuda", 0))
+    first, second = device.stream("first"), device.stream("second")
+    for stream in (first, first, second, second, first):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
+        with replayer.ordered():
+            device.log.append("work")
+    waits = ["second waits for first", "first waits for second"]
+    assert device.log == ["work", "work", waits[0], "work", "work", waits[1], "work"]
+
+
+def test_one_graph_is_forgotten(device: Device) -> None:
+    replayer = Replayer(torch.device("cuda", 0))
+    for key in ("one", "one", "other", "other"):
+        replayer.run(key, lambda: None)
+    device.log.clear()
+    replayer.forget("one")
+    for key in ("other", "one"):
+        replayer.run(key, lambda: device.log.append("work"))
+    assert device.log == ["synchronize", "replay", "work"]
+
+
 def test_streams_are_used_again(device: Device) -> None:
     """Libraries keep memory for each of them."""
     gpu = torch.device("cuda", 0)
