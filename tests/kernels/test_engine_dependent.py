@@ -64,12 +64,14 @@ def test_nothing_that_another_kernel_wrote_is_touched_before_the_wait(
         if name not in WEIGHTS:
             assert not memory, name
             continue
-        # 16 bytes at a time, as only weights are loaded here; the next input is float32.
-        assert memory, name
-        assert all("LDG.E.128" in line for line in memory), (name, memory)
+        # 16 bytes at a time, as only weights are loaded here, and biases; what is not a weight is
+        # float32.
+        assert any("LDG.E.128" in line for line in memory), name
         for line in memory:
-            first = int(re.search(r"LDG\.E\.128 R(\d+)", line)[1])  # type: ignore[index]
-            registers = rf"\bR({'|'.join(str(first + i) for i in range(4))})\b"
+            load = re.search(r"LDG\.E\.(128|U16) R(\d+)", line)
+            assert load, (name, line)
+            count = 4 if load[1] == "128" else 1
+            registers = rf"\bR({'|'.join(str(int(load[2]) + i) for i in range(count))})\b"
             readers = [s for s in before[before.index(line) + 1 :] if re.search(registers, s)]
             assert not readers, (name, "waits for its weights before it waits", readers)
 
@@ -96,5 +98,7 @@ def test_persistent_kernel_asks_for_the_next_weights_between_arriving_and_waitin
         for outputs, inputs in ((2304, 768), (768, 768), (3072, 768), (768, 3072), (50257, 768))
     ]
     qkv, out, fc, proj, head = (tile.repeat * tile.unroll for tile in tiles)
-    assert loads == [qkv, 0, out, fc, proj, head, 0]  # attention and the choice have none
+    norm = 2 * 3  # LayerNorm's weight and bias
+    # Attention and the choice have none.
+    assert loads == [qkv + norm, 0, out, fc + norm, proj, head, 0]
     assert sum(line.startswith(("LDL", "STL")) for line in lines) == 0

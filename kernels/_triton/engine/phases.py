@@ -101,7 +101,9 @@ def first_weights(
     """Ask for the weights that the phase's program multiplies first: a tuple of tiles as stored.
 
     ONCE: behind them its biases and, with NORM, LayerNorm's weights where `norm_ahead`: they come
-    from memory as the weights do, and whoever asks for them later waits as long again.
+    from memory as the weights do, and whoever asks for them later waits as long again. What uses
+    them stands behind a branch: otherwise the compiler, which sees no reason against it, would take
+    them apart before the wait for the phase before, and so wait for them first.
     """
     low, high = share_of(program, programs, N)
     weight_ptr, scale_ptr = of_layer(weight_ptr, scale_ptr, layer, N, K, BITS)
@@ -197,19 +199,23 @@ def qkv(
     places = ()
     for row in tl.static_range(ROWS):
         places += (position_of(slots_ptr, offsets_ptr, lengths_ptr, row),)
-    norm = norm_of(first, C, BITS, REPEAT, UNROLL, ONCE and KEEP)
-    kept = normalize_inputs(x_ptr, norm, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
     if ONCE:
-        results, _ = multiply(
-            first, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, low, high,
-            C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True, True,
-        )  # fmt: skip
-        biases = biases_of(first, bias_ptr, low, high, C, BITS, WARPS, REPEAT, UNROLL, True)
-        _store_results(
-            results, biases, places, low, high, layer, query_ptr, cache_ptr, slots, capacity,
-            C, HEADS, ROWS, WARPS, REPEAT,
-        )  # fmt: skip
+        if low < high:  # always, but known here only: see `first_weights`
+            norm = norm_of(first, C, BITS, REPEAT, UNROLL, KEEP)
+            kept = normalize_inputs(
+                x_ptr, norm, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP
+            )
+            results, _ = multiply(
+                first, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, low, high,
+                C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True, True,
+            )  # fmt: skip
+            biases = biases_of(first, bias_ptr, low, high, C, BITS, WARPS, REPEAT, UNROLL, True)
+            _store_results(
+                results, biases, places, low, high, layer, query_ptr, cache_ptr, slots, capacity,
+                C, HEADS, ROWS, WARPS, REPEAT,
+            )  # fmt: skip
     else:
+        kept = normalize_inputs(x_ptr, (), norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
         tiles = first
         for start in range(low, high, REPEAT * WARPS):
             biases = load_bias(bias_ptr, start, high, WARPS, REPEAT)
@@ -255,16 +261,20 @@ def fc(
     weight_ptr, scale_ptr = of_layer(weight_ptr, scale_ptr, layer, N, C, BITS)
     norm_ptr += layer * (2 * C)
     bias_ptr += layer * N
-    norm = norm_of(first, C, BITS, REPEAT, UNROLL, ONCE and KEEP)
-    kept = normalize_inputs(x_ptr, norm, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
     if ONCE:
-        results, _ = multiply(
-            first, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, low, high,
-            C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True, True,
-        )  # fmt: skip
-        biases = biases_of(first, bias_ptr, low, high, C, BITS, WARPS, REPEAT, UNROLL, True)
-        _store_inner(results, biases, low, high, inner_ptr, N, ROWS, WARPS, REPEAT)
+        if low < high:  # always, but known here only: see `first_weights`
+            norm = norm_of(first, C, BITS, REPEAT, UNROLL, KEEP)
+            kept = normalize_inputs(
+                x_ptr, norm, norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP
+            )
+            results, _ = multiply(
+                first, kept, x_ptr, norm_ptr, weight_ptr, scale_ptr, low, high,
+                C, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, KEEP, True, True,
+            )  # fmt: skip
+            biases = biases_of(first, bias_ptr, low, high, C, BITS, WARPS, REPEAT, UNROLL, True)
+            _store_inner(results, biases, low, high, inner_ptr, N, ROWS, WARPS, REPEAT)
     else:
+        kept = normalize_inputs(x_ptr, (), norm_ptr, eps, C, ROWS, WARPS, lanes_of(BITS), KEEP)
         tiles = first
         for start in range(low, high, REPEAT * WARPS):
             biases = load_bias(bias_ptr, start, high, WARPS, REPEAT)
@@ -313,13 +323,14 @@ def add(
             input_ptr, sums_ptr, layer, K, HEADS, SPLITS, ROWS, WARPS, lanes_of(BITS)
         )
     if ONCE:
-        before = _load_rows(x_ptr, low, high, N, ROWS, WARPS, REPEAT)
-        results, _ = multiply(
-            first, kept, input_ptr, None, weight_ptr, scale_ptr, low, high,
-            K, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, MERGE, False, True,
-        )  # fmt: skip
-        biases = biases_of(first, bias_ptr, low, high, K, BITS, WARPS, REPEAT, UNROLL, True)
-        _store_sums(before, results, biases, low, high, x_ptr, N, ROWS, WARPS, REPEAT)
+        if low < high:
+            before = _load_rows(x_ptr, low, high, N, ROWS, WARPS, REPEAT)
+            results, _ = multiply(
+                first, kept, input_ptr, None, weight_ptr, scale_ptr, low, high,
+                K, ROWS, BITS, lanes_of(BITS), WARPS, REPEAT, UNROLL, MERGE, False, True,
+            )  # fmt: skip
+            biases = biases_of(first, bias_ptr, low, high, K, BITS, WARPS, REPEAT, UNROLL, True)
+            _store_sums(before, results, biases, low, high, x_ptr, N, ROWS, WARPS, REPEAT)
     else:
         tiles = first
         for start in range(low, high, REPEAT * WARPS):
