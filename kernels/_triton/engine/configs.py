@@ -92,9 +92,10 @@ def decode_rows_tile(outputs: int, inputs: int, rows: int, target: Target) -> De
     once: one tile a program, of few outputs, and as many programs as that takes; they are resident
     together. Two outputs a warp read the rows from L1 half as often, but 768 or 1600 outputs are
     then less than two warps on each quarter of a multiprocessor. What is not asked for before the
-    wait comes a memory's latency later: of many inputs all are, if the row is one. The head is many times as long:
-    programs go over it in a loop, two sweeps of up to 64 KB a multiprocessor under way. Of four
-    rows the registers hold one output a warp, in short sweeps: two spill at width 1600.
+    wait comes a memory's latency later: of many inputs all are, if the row is one. The head is many
+    times as long: programs go over it in a loop, two sweeps of up to 64 KB a multiprocessor under
+    way. Of four rows the registers hold one output a warp, in short sweeps: two spill at width
+    1600.
     """
     if rows == 4:
         return DecodeRowsTile(warps=4, repeat=1, unroll=2, programs=4)
