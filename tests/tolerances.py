@@ -43,8 +43,8 @@ FLOAT32 = {
     ("attention", "backward"): 1e-5,
     ("lm_head_loss", "forward"): 1e-6,
     ("lm_head_loss", "backward"): 5e-6,
-    # One inner product, accumulated in float32 and not rounded, in 16 bits too; tensor cores cut off
-    # what they add instead of rounding it, which is seen in sums of 1600.
+    # One inner product, accumulated in float32 and not rounded, in 16 bits too; tensor cores cut
+    # what they add off instead of rounding it, which is seen in sums of 1600.
     ("lm_head_topk", "forward"): 8e-6,
     # A phase of a decoding step: LayerNorm, an inner product, GELU. Its weights' scales are applied
     # to the sum or to each weight, in float32.

@@ -338,26 +338,25 @@ def row_tile(width: int, itemsize: int) -> RowTile:
 
 @functools.cache
 def layer_norm_bwd_tile(width: int, smallest: int, largest: int) -> tuple[RowTile, int, int]:
-    """Backward: tile, programs a multiprocessor, stages; elements of so many bytes. Predicted.
+    """Backward: tile, programs a multiprocessor, stages; elements of so many bytes.
 
-    Five numbers a column stay in registers (weight, x, dy and the two sums), so fewer columns a
-    thread than forward. As many programs as their registers let a multiprocessor hold at once; the
-    next rows are copied asynchronously meanwhile: at width 768 in 16 bits 12 rows, 36 KB (54 with
-    the gradient of a sum).
+    Five numbers a column stay in registers (weight, x, dy and the two sums), so few columns a
+    thread. From 513 to 2048 columns a program takes one row at a time, three or four rows ahead,
+    as measured on an H100: at width 768 in 16 bits that is 24 us for 8192 rows, where four warps
+    with a row each took 44. Other widths are predicted: as many programs as their registers let a
+    multiprocessor hold at once, the next rows copied asynchronously meanwhile.
     """
-    if largest == 2 and 512 < width <= 1024:
-        # A row a step and a program, four rows ahead: 25 us for 8192 rows where four warps with a
-        # row each took 44 (measured on an H100): few registers, and no row waits for another.
+    if 512 < width <= 1024:
         return RowTile(1, 1024, 1, 4), 4, 4
+    if 1024 < width <= 2048:
+        if largest == 2:
+            return RowTile(1, 1024, 2, 4), 4, 3
+        return RowTile(1, 512, -(-width // 512), 4), 2, 3
     tile = _row_tile(width, smallest, most_elements=28, least_elements=0)
-    if largest == 2 and tile == RowTile(2, 512, 2, 4):  # width 1024: would spill three registers
-        return RowTile(4, 512, 2, 8), 2, 2
     if tile.warps > 4:
         return tile, 1, 2 if tile.warps == 8 else 1  # two stages of 16 warps would spill
-    elements = tile.chunks * tile.lanes * tile.block_m // (32 * tile.warps)
-    if elements <= 16:
-        return tile, 4 if largest == 2 else 3, 2
-    return tile, 3 if largest == 2 and width <= 768 else 2, 2
+    most = 4 if largest == 2 else 3
+    return tile, most if width <= 512 else 2, 2
 
 
 # (programs' shares a step, columns, warps): at width 768 96 programs, each with a step or two.
