@@ -130,7 +130,7 @@ class Suite:
     # parity
 
     def _parity(self, part: dict[str, Any], end: float, only: str) -> None:
-        # Those that run on whatever device there is, then those that want a GPU.
+        # Those that want a GPU, for the sizes of real models, then those that run on any device.
         kernels, marked = _tests_with("tests.kernels.devices"), _tests_with("mark.gpu")
         if self._options.dry_run:
             kernels, marked = _DRY_TESTS, marked[:1]
@@ -138,8 +138,8 @@ class Suite:
         part["tests"] = tests
         matching = ["-k", only] if only else []
         late = None
-        runs = [([*kernels, "-m", "not gpu"], 0.7), ([*marked, "-m", "gpu"], 1.0)]
-        for arguments, share in runs if marked else runs[:1]:
+        runs = [([*marked, "-m", "gpu"], 0.5), ([*kernels, "-m", "not gpu"], 1.0)]
+        for arguments, share in runs if marked else runs[1:]:
             until = time.time() + share * (end - time.time())
             try:
                 self._pytest([*arguments, *matching], until, tests, _TEST_PROCESSES)
