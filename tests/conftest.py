@@ -1,9 +1,11 @@
 """What every test gets: no network, a fixed seed, and GPU tests skipped where there is no GPU."""
 
+import gc
 import os
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,17 @@ def _seed() -> None:
         torch.manual_seed(0)
     if "triton.runtime.interpreter" in sys.modules:
         prepare_once_a_launch()
+
+
+@pytest.fixture(autouse=True)
+def _give_memory_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several processes test on one GPU: what one of them caches is missing in another."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 # Files of long tests, which start first: with one of them at the end a process would wait for the
