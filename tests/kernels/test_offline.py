@@ -57,6 +57,16 @@ def test_no_spills_and_all_within_the_chips(records: list[dict[str, Any]]) -> No
         assert record["shared"] <= CHIPS[record["chip"]].shared_memory, record["case"]
 
 
+def test_loops_carry_what_they_change() -> None:
+    """Triton forgets a name that is assigned what another held when the loop began."""
+    done = _python("-m", "tests.kernels.carried")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["planted"] == [["_planted_kernel", "low"]]
+    assert result["loops"] > 100
+    assert not result["found"]
+
+
 def test_the_record_is_up_to_date(result: dict[str, Any]) -> None:
     recorded = json.loads(RECORD.read_text())["tools"]
     if result["tools"] != recorded:

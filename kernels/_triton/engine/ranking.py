@@ -178,13 +178,14 @@ def _narrow(
     reaches ``high`` is ``count_high`` scores with ``above`` of goal's units, which are less. Also
     returns the units above the part, and the goal.
     """
-    count_low = tl.full([], V, tl.int64)
-    middle = low
+    count_low, mass = _reached(row_ptr, low, 0.0, scale, V, BLOCK)
+    goal = tl.minimum(goal, tl.where(by_mass, mass, count_low))
     while count_low - count_high > CANDIDATES:
+        # No name here may start the loop as another one's value (`middle = low`) and be assigned to
+        # it within: Triton's compiler would not carry the change to the next round.
+        middle = _middle(low, high)
         count, mass = _reached(row_ptr, middle, 0.0, scale, V, BLOCK)
         units = tl.where(by_mass, mass, count)
-        if middle == low:  # at first
-            goal = tl.minimum(goal, units)
         if units >= goal:
             low = middle
             count_low = count
@@ -192,7 +193,6 @@ def _narrow(
             high = middle
             count_high = count
             above = units
-        middle = _middle(low, high)
     return low, high, above, goal
 
 
