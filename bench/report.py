@@ -269,7 +269,7 @@ def main() -> None:
     if not parser.parse_args().write:
         print("\n".join(make(RESULTS) for make in PARTS.values()))
         return
-    for folder in sorted(path for path in RESULTS.parent.iterdir() if path.is_dir()):
+    for folder in sorted({path.parent for path in RESULTS.parent.glob("*/*.json")}):
         draw(folder)
         (folder / "README.md").write_text(page(folder), encoding="utf-8")
     README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -12,7 +12,6 @@ Prints JSON: how many ``loops`` were looked at, what was ``found`` in the kernel
 each, and what in the kernel ``planted`` here.
 """
 
-import ast
 import contextlib
 import json
 import os
@@ -51,16 +50,20 @@ def _watching() -> Iterator[list[tuple[str, list[str]]]]:
     from triton.compiler.compiler import ASTSource
 
     loops: list[tuple[str, list[str]]] = []
-    find, make = CodeGenerator._find_carries, ASTSource.make_ir
+    assigned: list[tuple[Any, set[str]]] = []  # by the loops around, and whose they are
+    find, assign, make = CodeGenerator._find_carries, CodeGenerator.set_value, ASTSource.make_ir
+
+    def note(self: Any, name: str, value: Any) -> None:
+        for owner, names in assigned:
+            if owner is self:  # not a function that is called
+                names.add(name)
+        assign(self, name, value)
 
     def look(self: Any, node: Any, liveins: Any, ignore: Any = frozenset()) -> Any:
+        assigned.append((self, set()))
         carried = find(self, node, liveins, ignore)
-        stored = {
-            child.id
-            for child in ast.walk(ast.Module(node.body, []))
-            if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)
-        }
-        forgotten = stored & liveins.keys() - {*carried[0], *ignore}
+        # Those of branches that are really there, not all that the source has.
+        forgotten = (assigned.pop()[1] & liveins.keys()) - {*carried[0], *ignore}
         names = sorted(name for name in forgotten if _is_triton_value(liveins[name]))
         loops.append((self.function_name.split("__")[0].rsplit(".", 1)[-1], names))
         return carried
@@ -69,11 +72,12 @@ def _watching() -> Iterator[list[tuple[str, list[str]]]]:
         make(self, *args, **keywords)
         raise _Enough
 
-    CodeGenerator._find_carries, ASTSource.make_ir = look, stop
+    CodeGenerator._find_carries, CodeGenerator.set_value, ASTSource.make_ir = look, note, stop
     try:
         yield loops
     finally:
-        CodeGenerator._find_carries, ASTSource.make_ir = find, make
+        CodeGenerator._find_carries, CodeGenerator.set_value = find, assign
+        ASTSource.make_ir = make
 
 
 def main() -> None:
