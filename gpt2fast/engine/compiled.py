@@ -140,7 +140,7 @@ _ASKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def compile_decoding(model: "LanguageModel") -> "LanguageModel":
     """Let `generate`, `stream` and new engines of this model decode by compiled steps.
 
-    For int8 models on a CPU: one sequence then takes half to two thirds of the time (as
+    For int8 models on a CPU: one sequence then takes 55 to 75% of the time (as
     `bench/results/cpu` has it), with activations of 16 bits instead of 8. Several at once, prompts
     and proposed tokens are evaluated as before, so tokens that are nearly level may come out
     otherwise there than alone.
