@@ -306,6 +306,17 @@ def _recordings(model: nn.Module) -> list[Any]:
     return [*replay._KEPT[model]._recordings.values()]
 
 
+def test_release_gives_recordings_back(cuda: Emulation) -> None:
+    model = made("GPT2LMHeadModel")
+    ids = warmed(cuda, model, 1, 6)
+    assert _recordings(model.transformer)
+    gpt2fast.release(model)
+    assert model.transformer not in replay._KEPT
+    with torch.no_grad():
+        model(ids)
+    assert cuda.counts() == (0, 0)  # seen for the first time
+
+
 SUBMODULES = ["h.1", "h.0.attn", "h.0.mlp.act", "h.1.mlp.c_fc", "ln_f", "wte", "drop", ""]
 
 
