@@ -90,9 +90,11 @@ def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
     if beside is not None and beside != (1.0, 1.0, 1.0):
         yield (*path, "over the reference"), (1 / beside[2], 1 / beside[1], 1 / beside[0])
         inner = {"peak_bytes": inner.get("peak_bytes")}  # its times depend on the hour
-    if inner.get("peak_bytes"):
-        peak = float(inner["peak_bytes"])
-        yield (*path, "peak_bytes"), (peak * (1 - _MEMORY / 2), peak, peak * (1 + _MEMORY / 2))
+    if peaks := inner.get("peak_bytes"):
+        # Of an op on a GPU one for each direction.
+        for direction, peak in peaks.items() if isinstance(peaks, dict) else ((None, peaks),):
+            where = (*path, "peak_bytes") if direction is None else (*path, "peak_bytes", direction)
+            yield where, (peak * (1 - _MEMORY / 2), peak, peak * (1 + _MEMORY / 2))
     if "percent_more" in inner:
         middle, error = 100 + inner["percent_more"], 2 * inner["standard_error"]
         yield (*path, _PERPLEXITY), (middle - error, middle, middle + error)

@@ -211,5 +211,7 @@ def test_every_kind_of_record_is_compared() -> None:
     assert compare.report(tokenizer, accuracy)[1] == 2
     for path in (ROOT / "bench" / "results").glob("*/*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("parts", {"": None}).keys() <= {"parity", "sanitize"}:
+            continue  # of a GPU's tests, which are not timed
         assert compare.figures(record), path
         assert compare.report(record, record)[1] == 0

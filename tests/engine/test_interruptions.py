@@ -1,6 +1,7 @@
 """What comes between: memory that runs out, interrupts, a cancellation inside a step, errors."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from gpt2fast import Engine, GPT2LMHeadModel
 from gpt2fast.engine import kept
 from gpt2fast.engine.runner import OutOfMemory
 from gpt2fast.engine.scheduler import Scheduler, Sequence
-from gpt2fast.engine.torch_runner import TorchRunner
+from gpt2fast.engine.torch_runner import TorchRunner, _RowStep
 from tests.engine.conftest import IDS, PLAIN, POSITIONS, engine_of, general
 from tests.engine.reference_runner import ReferenceRunner
 
@@ -20,15 +21,19 @@ SAMPLED: dict[str, Any] = {**PLAIN, "do_sample": True, "seed": 5}
 
 def without_memory_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations fail once there have been ``steps``."""
-    original, left = TorchRunner._evaluate, [steps]
+    left = [steps]
 
-    def evaluate(self: TorchRunner, *args: Any, **keywords: Any) -> Tensor:
-        if not left[0]:
-            raise OutOfMemory("no memory for a graph")
-        left[0] -= 1
-        return original(self, *args, **keywords)
+    def limited(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def evaluate(*args: Any, **keywords: Any) -> Tensor:
+            if not left[0]:
+                raise OutOfMemory("no memory for a graph")
+            left[0] -= 1
+            return original(*args, **keywords)
 
-    monkeypatch.setattr(TorchRunner, "_evaluate", evaluate)
+        return evaluate
+
+    for kind, name in ((TorchRunner, "_evaluate"), (_RowStep, "__call__")):
+        monkeypatch.setattr(kind, name, limited(getattr(kind, name)))
 
 
 def assert_remembered(model: GPT2LMHeadModel, expected: Tensor) -> None:

@@ -53,7 +53,8 @@ def test_no_spills_and_all_within_the_chips(records: list[dict[str, Any]]) -> No
     assert not [problem for problem in wrong if problem[0] not in KNOWN_SPILLS]
     assert {case for case, *_ in wrong} == set(KNOWN_SPILLS)
     for record in records:
-        assert record["stack"] <= 320, record["case"]
+        # The most has the persistent kernel of four rows on compute capability 8.0.
+        assert record["stack"] <= 352, record["case"]
         assert record["shared"] <= CHIPS[record["chip"]].shared_memory, record["case"]
 
 
@@ -110,10 +111,11 @@ def _selectable(chip: Target) -> dict[str, set[Any]]:
     """
     rows = (1, 17, 64, 65, 640, 1024, 16384)
     matmul = {
-        configs.matmul_tile(m, n, 2, can_copy, chip)
+        configs.matmul_tile(m, n, 2, can_copy, chip, light)
         for m in rows
         for n in (768, 3072, 6400)
         for can_copy in (False, True)
+        for light in (False, True)
     }
     lm_head = {
         configs.lm_head_tile(m, top, can_copy, chip)
@@ -182,8 +184,12 @@ def test_every_tile_of_decoding_steps_is_compiled(records: list[dict[str, Any]],
         for bits, element_size in ((32, 4), (16, 2), (8, 2), (4, 2), (8, 4), (4, 4))
     }
     assert few == {
-        astuple(engine_configs.decode_rows_tile(outputs, rows, CHIPS[chip]))[:3]
-        for outputs in (768, 1600, 2304, 3072, 6400, 50257)
+        astuple(engine_configs.decode_rows_tile(outputs, inputs, rows, CHIPS[chip]))[:3]
+        for width in (768, 1600)
+        for outputs, inputs in (
+            *((3 * width, width), (width, width), (4 * width, width)),
+            *((width, 4 * width), (50257, width)),
+        )
         for rows in (1, 2, 4)
     }
 
