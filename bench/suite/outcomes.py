@@ -15,7 +15,8 @@ _MESSAGE = 1500  # characters of a failure that are kept
 def _write(identifier: str, outcome: str, seconds: float, message: str) -> None:
     line = {"id": identifier, "outcome": outcome, "seconds": round(seconds, 3)}
     if message:
-        line["message"] = message[-_MESSAGE:]
+        # A skip names its file; where the checkout lies is nobody's business.
+        line["message"] = message.replace(f"{os.getcwd()}/", "")[-_MESSAGE:]
     with open(os.environ["GPT2FAST_OUTCOMES"], "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
